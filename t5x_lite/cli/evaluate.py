@@ -1,0 +1,46 @@
+"""`t5x-lite eval`: the numbers of a run on held-out data."""
+
+import argparse
+import json
+from pathlib import Path
+
+from t5x_lite.cli.main import SETTINGS_HELP
+from t5x_lite.cli.settings import read_settings
+from t5x_lite.data import recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("settings", nargs="+", metavar="RUN key=value", help=SETTINGS_HELP)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, prints the metrics and keeps them in the run's `eval/`."""
+    config = read_settings(args.settings).config
+    recipe.check(config.data)
+
+    from t5x_lite.cli.display import show
+    from t5x_lite.evaluation.evaluator import evaluate, generation_metrics
+    from t5x_lite.language_model import load
+    from t5x_lite.sharding import make_mesh
+    from t5x_lite.training.step import make_eval_step
+
+    first = args.settings[0]
+    checkpoint = first if "=" not in first and Path(first).is_dir() else config.out
+    lm = load(checkpoint, config.train.dtype, make_mesh(config.mesh))
+    records = recipe.read(config.data)
+    tokenizer = lm.require_tokenizer()
+    train, validation = recipe.datasets(records, config.data, config.train, tokenizer)
+    held_out = config.data.split == "validation"
+    dataset = validation if held_out else train
+    metrics = evaluate(make_eval_step(lm.model, lm.mesh), lm.params, dataset.eval_batches(), tokenizer, lm.mesh)
+    if config.data.objective == "text_to_text":
+        pairs = records.validation if held_out else records.train
+        metrics |= generation_metrics(lm, pairs, dataset.target_length)
+    result = {"run": checkpoint, "split": config.data.split, **metrics}
+    folder = Path(config.out) / "eval"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{config.data.split}.json").write_text(json.dumps({**result, "data": config.data.path}, indent=1))
+    show(result, args.json)
+    return 0

@@ -1,0 +1,88 @@
+"""Finds the command, runs it, and turns what went wrong into one line and an exit status."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from t5x_lite import __version__
+from t5x_lite.errors import InputError, nearest
+
+# Command to module of this package and what `--help` says. A module has `add_arguments(parser)` and `run(args)`.
+COMMANDS = {
+    "demo": ("demo", "train, evaluate and use a small T5 on the embedded corpus, in about two minutes"),
+    "train": ("train", "pre-train or fine-tune, or continue a run"),
+    "eval": ("evaluate", "loss, perplexity and bits per byte of a run on held-out data"),
+    "generate": ("generate", "text from a trained model"),
+    "tokenizer": ("tokenizer", "train a SentencePiece tokenizer, or check one on a text"),
+    "data": ("data", "show examples as the model sees them"),
+    "config": ("config", "show every setting and where its value comes from"),
+    "doctor": ("doctor", "versions, devices, memory, and what is missing"),
+}
+
+SETTINGS_HELP = "a YAML file or a run directory, then key=value settings such as train.steps=100"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `t5x-lite argv` and returns its exit status: 0 success, 1 failure while running, 2 bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in argv
+    try:
+        return _run([arg for arg in argv if arg != "--traceback"])
+    except InputError as error:
+        if traceback:
+            raise
+        print(f"t5x-lite: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("t5x-lite: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough; Python would complain once more while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if traceback:
+            raise
+        line = " ".join(str(error).split())[:500]
+        print(f"t5x-lite: {type(error).__name__}: {line} (--traceback shows where)", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="t5x-lite",
+        description="T5-family language models in JAX.",
+        epilog="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"t5x-lite {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="one of those below; `t5x-lite COMMAND --help` for each")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
+    if args.command not in COMMANDS:
+        raise InputError(
+            f"unknown command '{args.command}'{nearest(args.command, COMMANDS)} (one of {', '.join(COMMANDS)})"
+        )
+    module_name, text = COMMANDS[args.command]
+    module = import_module(f"t5x_lite.cli.{module_name}")
+    command = _Parser(prog=f"t5x-lite {args.command}", description=text)
+    command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    module.add_arguments(command)
+    # Libraries underneath log and warn about matters of their own; ours are in notes and errors.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    warnings.filterwarnings("ignore", module="(jax|orbax|tensorboardX|flax)")
+    return module.run(command.parse_args(args.rest))

@@ -1,0 +1,58 @@
+"""`t5x-lite tokenizer`: train a SentencePiece tokenizer, or check one on a text."""
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from t5x_lite.cli.main import SETTINGS_HELP
+from t5x_lite.cli.settings import read_settings
+from t5x_lite.data import recipe
+from t5x_lite.data.sources import check_columns, read_records
+from t5x_lite.data.tokenizers import check_tokenizer, load_tokenizer, train_sentencepiece
+from t5x_lite.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    train = actions.add_parser("train", help="train a .model on data.path")
+    train.add_argument("output", metavar="OUTPUT.model", help="the file to write")
+    train.add_argument("--type", default="unigram", help=f"one of {', '.join(recipe.TRAINED_TOKENIZERS)}")
+    train.add_argument("--vocab-size", type=int, default=8000, help="pieces, sentinels included (default 8000)")
+    train.add_argument("--extra-ids", type=int, default=100, help="sentinels for span corruption (default 100)")
+    train.add_argument("--byte-fallback", action="store_true", help="spell unknown characters as bytes")
+    check = actions.add_parser("check", help="how well a tokenizer fits data.path")
+    check.add_argument("model", metavar="MODEL", help="a .model file, a run's tokenizer directory, or `bytes`")
+    for action in (train, check):
+        action.add_argument("settings", nargs="*", metavar="key=value", help=SETTINGS_HELP)
+        action.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains or checks."""
+    from t5x_lite.cli.display import show
+
+    data = read_settings(args.settings).config.data
+    check_columns(data.path, (data.text,))
+    texts = (record[data.text] for record in read_records(data.path, (data.text,)))
+    if args.action == "check":
+        show(dataclasses.asdict(check_tokenizer(load_tokenizer(args.model), texts)), args.json)
+        return 0
+    if args.type not in recipe.TRAINED_TOKENIZERS:
+        raise InputError(f"--type '{args.type}' is unknown, allowed: {', '.join(recipe.TRAINED_TOKENIZERS)}")
+    output = Path(args.output)
+    if not output.parent.is_dir():
+        raise InputError(f"there is no directory '{output.parent}' to write {output.name} to")
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        tokenizer = train_sentencepiece(
+            texts,
+            Path(folder) / output.name,
+            args.vocab_size,
+            model_type=args.type,
+            extra_ids=args.extra_ids,
+            byte_fallback=args.byte_fallback,
+        )
+        (Path(folder) / output.name).replace(output)
+    show({"model": str(output), "vocab_size": tokenizer.vocab_size, "sentinels": len(tokenizer.sentinels)}, args.json)
+    return 0

@@ -1,0 +1,288 @@
+"""The run configuration: one tree of frozen dataclasses, filled from a preset, a YAML file and `key=value` overrides.
+
+Library users construct `RunConfig` directly. The command line calls `resolve`, which also remembers where every value
+came from.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from t5x_lite.errors import InputError, nearest
+from t5x_lite.models.config import TransformerConfig
+from t5x_lite.models.registry import PRESETS, preset
+
+DEFAULT_MODEL = "t5-small"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+      path: glob of txt, jsonl, tsv, csv or parquet files (plain, .gz, .zst), or `stdlib`, the embedded corpus.
+      eval_path: files to evaluate on; empty: a part of `path` is held out.
+      eval_fraction: share of the records to hold out.
+      split: what `eval` and `data show` read: train or validation.
+      objective: span_corruption (pre-training) or text_to_text (from `inputs` to `targets`).
+      text: column of the running text.
+      inputs: column of the input text.
+      targets: column of the target text.
+      prefix: put before every input, as T5 names its tasks.
+      noise_density: share of tokens that span corruption masks.
+      mean_span_length: mean length of a masked span, in tokens.
+    """
+
+    path: str = "stdlib"
+    eval_path: str = ""
+    eval_fraction: float = 0.02
+    split: Literal["train", "validation"] = "validation"
+    objective: Literal["span_corruption", "text_to_text"] = "span_corruption"
+    text: str = "text"
+    inputs: str = "inputs"
+    targets: str = "targets"
+    prefix: str = ""
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and on what shape of batch.
+
+    Attributes:
+      steps: updates this run makes.
+      batch_size: examples in a global batch.
+      microbatches: parts a batch is split into, to save memory; the gradients are the same.
+      input_length: encoder tokens.
+      target_length: decoder tokens; 0: what the objective needs for `input_length`.
+      seed: of initial parameters, data order and dropout.
+      log_every: steps between lines of metrics.jsonl.
+      eval_every: steps between evaluations on held-out data; 0: only at the end.
+      eval_batches: batches of an evaluation during training; 0: all held-out data. `t5x-lite eval` always reads all.
+      checkpoint_every: steps between checkpoints; 0: only at the end.
+      keep_checkpoints: latest checkpoints to keep, beside the best.
+      remat: what the backward pass recomputes: none, minimal or full.
+      dtype: of the computation, float32 or bfloat16; parameters are float32.
+      z_loss: coefficient of the z-loss.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    microbatches: int = 1
+    input_length: int = 512
+    target_length: int = 0
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 20
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 3
+    remat: Literal["none", "minimal", "full"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    z_loss: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Raises InputError for counts that make no sense."""
+        for name in ("steps", "batch_size", "microbatches", "log_every", "keep_checkpoints"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("target_length", "eval_every", "eval_batches", "checkpoint_every", "seed", "z_loss"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        _at_least("train.input_length", self.input_length, 2)
+        if self.batch_size % self.microbatches:
+            raise InputError(
+                f"train.microbatches {self.microbatches} does not divide train.batch_size {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters follow their gradients.
+
+    Attributes:
+      name: adafactor (T5's) or adamw.
+      learning_rate: peak; for inverse_square_root the numerator (T5: 1.0). Adafactor multiplies it by each parameter's
+        RMS.
+      schedule: inverse_square_root, constant, linear or cosine.
+      warmup_steps: linear warm-up, default none; for inverse_square_root the flat part, default 10,000.
+      clip_norm: global gradient norm to clip to; 0: none.
+      weight_decay: decoupled, multiplied by the learning rate.
+      step_offset: of Adafactor's decay; see `training.optimizers.adafactor`.
+    """
+
+    name: Literal["adafactor", "adamw"] = "adafactor"
+    learning_rate: float = 1.0
+    schedule: Literal["inverse_square_root", "constant", "linear", "cosine"] = "inverse_square_root"
+    warmup_steps: int | None = None
+    clip_norm: float = 0.0
+    weight_decay: float = 0.0
+    step_offset: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises InputError for negative values."""
+        for name in ("learning_rate", "clip_norm", "weight_decay", "step_offset"):
+            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if self.warmup_steps is not None:
+            _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs.
+
+    Attributes:
+      model: the shape of the model; on the command line `model=PRESET` and `model.FIELD=VALUE`.
+      fit_vocabulary: whether a new model's `vocab_size` becomes the tokenizer's, rounded up to a multiple of 128 (as
+        T5's 32,128 for 32,100). Off as soon as `model.vocab_size` is given.
+      tokenizer: a `.model` file or directory, `bytes`, or one to train on the data: `unigram:8000`, `bpe:8000`,
+        `word:8000`, `char`. Empty: that of `init_from`, else `unigram:8000`.
+      extra_ids: sentinels of a tokenizer that has none of its own.
+      data: what to train on.
+      train: how long.
+      optimizer: how.
+      mesh: such as `data:4,model:2`; empty: all devices along `data`.
+      init_from: run directory or checkpoint whose parameters to start from.
+      out: the run directory. If it holds checkpoints, the run continues from the latest.
+    """
+
+    model: TransformerConfig = field(default_factory=lambda: preset(DEFAULT_MODEL))
+    fit_vocabulary: bool = True
+    tokenizer: str = ""
+    extra_ids: int = 100
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: str = ""
+    init_from: str = ""
+    out: str = "runs/latest"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and, for every key, where its value came from."""
+
+    config: RunConfig
+    origins: Mapping[str, str]
+
+
+def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Resolved:
+    """Fills the configuration: defaults, then the model preset, then the YAML file, then `key=value` overrides.
+
+    Args:
+      path: a YAML file, nested as the dataclasses are; `model` may be a preset's name, or a mapping with `preset`.
+      overrides: strings such as `train.steps=100`; `null` stands for None.
+
+    Raises:
+      InputError: missing or malformed file, unknown key (the message has the nearest one), or a value that does not
+        fit its type.
+    """
+    given: dict[str, tuple[Any, str]] = {}
+    if path is not None:
+        given.update({key: (value, str(path)) for key, value in _read_yaml(Path(path)).items()})
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"'{override}' is not of the form key=value")
+        if key == "model.preset":
+            key = "model"
+        given[key] = (None if value == "null" else value, "command line")
+
+    name = given.pop("model", (DEFAULT_MODEL, "default"))
+    values = flatten(RunConfig(model=preset(str(name[0]))))
+    origins = dict.fromkeys(values, "default")
+    origins.update({key: f"preset {name[0]}" for key in values if key.startswith("model.")})
+    unknown = [key for key in given if key not in values]
+    if unknown:
+        where = given[unknown[0]][1]
+        raise InputError(
+            f"unknown configuration key '{unknown[0]}' ({where}){nearest(unknown[0], [*values, 'model'])};"
+            " `t5x-lite config show` lists all keys"
+        )
+    for key, (value, origin) in given.items():
+        values[key], origins[key] = value, origin
+    if "model.vocab_size" in given and "fit_vocabulary" not in given:
+        values["fit_vocabulary"], origins["fit_vocabulary"] = False, "model.vocab_size is given"
+    return Resolved(validate(values), origins)
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """Builds the configuration from flat keys and values.
+
+    Raises:
+      InputError: a value that does not fit its type or range; the message names the key and the value.
+    """
+    import pydantic
+
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    try:
+        return pydantic.TypeAdapter(RunConfig).validate_python(nested)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, InputError):
+            raise InputError(str(cause)) from None
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise InputError(f"{key}='{first['input']}': {reason}") from None
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns a dataclass tree as `{"train.steps": 1000, ...}`."""
+    flat: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{item.name}."))
+        else:
+            flat[prefix + item.name] = value
+    return flat
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Writes the configuration as YAML that `resolve` reads back to the same values."""
+    import yaml
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"configuration {path} must be a mapping of keys to values")
+
+    def walk(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                flat.update(walk(value, f"{name}."))
+            else:
+                flat["model" if name == "model.preset" else name] = value
+        return flat
+
+    return walk(tree, "")
+
+
+def _at_least(name: str, value: float, minimum: float) -> None:
+    if not value >= minimum:
+        raise InputError(f"{name} must be at least {minimum}, not {value}")
+
+
+def preset_names() -> list[str]:
+    """Returns the names that `model=` takes."""
+    return list(PRESETS)

@@ -1,0 +1,167 @@
+"""From the configuration of a run to its tokenizer and datasets."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from t5x_lite.config import DataConfig, RunConfig, TrainConfig
+from t5x_lite.data.objectives import SpanCorruption
+from t5x_lite.data.pipeline import Dataset, hold_out, span_corruption_dataset, text_to_text_dataset
+from t5x_lite.data.sources import check_columns, read_records
+from t5x_lite.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from t5x_lite.errors import InputError
+
+DEFAULT_TOKENIZER = "unigram:8000"
+TRAINED_TOKENIZERS = ("unigram", "bpe", "word", "char")
+
+# Running text is held out in blocks of neighbouring records, so that what is held out can still be read as text.
+BLOCK_CHARACTERS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The two parts of a run's data, before tokenisation.
+
+    Attributes:
+      train: texts, or (input, target) pairs.
+      validation: likewise, none of them in `train`.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+
+    def texts(self) -> Iterable[str]:
+        """Yields every training text; both sides of pairs."""
+        for record in self.train:
+            yield from (record,) if isinstance(record, str) else record
+
+
+def columns(data: DataConfig) -> tuple[str, ...]:
+    """Returns the columns that the objective reads."""
+    return (data.text,) if data.objective == "span_corruption" else (data.inputs, data.targets)
+
+
+def check(data: DataConfig) -> None:
+    """Looks at the files and their first records, before anything slow is done.
+
+    Raises:
+      InputError: a missing file, an unknown format or a column that is not there.
+    """
+    for path in filter(None, (data.path, data.eval_path)):
+        check_columns(path, columns(data))
+
+
+def read(data: DataConfig) -> Records:
+    """Reads the files and divides them into training and validation data.
+
+    Raises:
+      InputError: as `check`, and a malformed or empty file.
+    """
+    check(data)
+
+    def load(path: str) -> list[Any]:
+        names = columns(data)
+        records = read_records(path, names)
+        if data.objective == "span_corruption":
+            return [record[data.text] for record in records]
+        return [(data.prefix + record[data.inputs], record[data.targets]) for record in records]
+
+    everything = load(data.path)
+    if data.eval_path:
+        return Records(everything, load(data.eval_path))
+    if data.objective == "text_to_text":
+        return Records(*hold_out(everything, data.eval_fraction))
+    train, validation = hold_out(_blocks(everything), data.eval_fraction)
+    return Records([text for block in train for text in block], [text for block in validation for text in block])
+
+
+def datasets(records: Records, data: DataConfig, train: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset]:
+    """Returns the training and the validation dataset.
+
+    Raises:
+      InputError: too little data, or lengths that the objective cannot use.
+    """
+
+    def build(part: Sequence) -> Dataset:
+        if data.objective == "span_corruption":
+            objective = SpanCorruption(data.noise_density, data.mean_span_length)
+            length = train.target_length or None
+            return span_corruption_dataset(
+                part, tokenizer, objective, train.input_length, length, train.batch_size, train.seed
+            )
+        length = train.target_length or train.input_length
+        return text_to_text_dataset(part, tokenizer, train.input_length, length, train.batch_size, train.seed)
+
+    return build(records.train), build(records.validation)
+
+
+def obtain_tokenizer(spec: str, extra_ids: int, texts: Iterable[str], directory: Path) -> Tokenizer:
+    """Returns the tokenizer that `spec` names, after saving it to `directory`.
+
+    Args:
+      spec: a `.model` file, a directory, `bytes`, or one to train: `unigram:8000`, `bpe:8000`, `word:8000`, `char`.
+      extra_ids: sentinels to add if it has none.
+      texts: what to train it on.
+      directory: the run's `tokenizer/`; written completely or not at all.
+
+    Raises:
+      InputError: a spec that is none of these, or training that fails.
+    """
+    kind, _, size = spec.partition(":")
+    partial = directory.with_name(directory.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    if kind in TRAINED_TOKENIZERS:
+        if not size.isdigit() and not (kind == "char" and not size):
+            raise InputError(f"tokenizer '{spec}': '{kind}' needs a vocabulary size, such as {kind}:8000")
+        tokenizer: Tokenizer = train_sentencepiece(
+            texts, partial / "trained.model", int(size or 8000), model_type=kind, extra_ids=extra_ids
+        )
+    else:
+        tokenizer = load_tokenizer(spec, extra_ids)
+    tokenizer.save(partial)
+    (partial / "trained.model").unlink(missing_ok=True)
+    partial.rename(directory)
+    return load_tokenizer(directory)
+
+
+def run_tokenizer(config: RunConfig, texts: Iterable[str]) -> Tokenizer:
+    """Returns the tokenizer of a run: the one it already has, or the one its configuration asks for.
+
+    Raises:
+      InputError: as `obtain_tokenizer`, or a tokenizer other than that of `init_from`, whose parameters know no other.
+    """
+    directory = Path(config.out) / "tokenizer"
+    if directory.exists():
+        return load_tokenizer(directory)
+    origin = run_directory(config.init_from) / "tokenizer" if config.init_from else None
+    spec = config.tokenizer or (str(origin) if origin else DEFAULT_TOKENIZER)
+    tokenizer = obtain_tokenizer(spec, config.extra_ids, texts, directory)
+    if origin and origin.exists() and tokenizer.vocab_size != (theirs := load_tokenizer(origin).vocab_size):
+        directory.rename(directory.with_name("tokenizer.refused"))
+        raise InputError(
+            f"tokenizer '{spec}' has {tokenizer.vocab_size} tokens, but init_from={config.init_from} was trained with"
+            f" {theirs}; leave tokenizer= out to use that one"
+        )
+    return tokenizer
+
+
+def run_directory(path: str | Path) -> Path:
+    """Returns the run directory that `path` is, or that the checkpoint `path` is in."""
+    path = Path(path)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def _blocks(texts: Sequence[str]) -> list[tuple[str, ...]]:
+    # A small corpus gets smaller blocks, so that there are enough of them to hold out a fair share.
+    target = min(BLOCK_CHARACTERS, sum(map(len, texts)) // 100)
+    blocks: list[tuple[str, ...]] = []
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size >= target:
+            blocks.append(tuple(block))
+            block, size = [], 0
+    return [*blocks, tuple(block)] if block else blocks

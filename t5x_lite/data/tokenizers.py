@@ -1,0 +1,353 @@
+"""Tokenizers: SentencePiece vocabularies, raw bytes, and the training and checking of new vocabularies."""
+
+import dataclasses
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from t5x_lite.errors import InputError, nearest
+
+_CONFIG = "tokenizer_config.json"
+_KIND = "t5x_lite_tokenizer"  # a key that Hugging Face's file of the same name does not have
+_MODEL_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
+_SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,4})>")
+# 1000 characters stay under SentencePiece's limit of 4192 bytes a sentence, above which it drops the sentence.
+_SENTENCE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    `sentinels` holds the ids of `<extra_id_0>`, `<extra_id_1>`, ... in this order; `bos_id` is None where the
+    vocabulary has none. Every other id is below `vocab_size`, which counts the sentinels.
+    """
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    unk_id: int
+    bos_id: int | None
+    sentinels: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without EOS; a literal `<extra_id_N>` becomes its sentinel."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns `encode` of every text, faster than one by one."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text up to the first EOS, sentinels as `<extra_id_N>`; padding and unknown ids are left out."""
+        ...
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the files from which `load_tokenizer(directory)` rebuilds this tokenizer exactly."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model with T5's sentinels.
+
+    If the model itself has the pieces `<extra_id_0>`, ... these are the sentinels, and `extra_ids` is not used;
+    otherwise `extra_ids` ids are added on top, descending: with T5's 32,000 pieces `<extra_id_0>` is 32,099. The text
+    between sentinels is encoded stretch by stretch, and decoded with one space on either side of a sentinel.
+    A model without a pad piece pads with EOS.
+
+    Raises:
+        InputError: if the file is missing, is no SentencePiece model, or has no EOS piece.
+    """
+
+    def __init__(self, model_path: str | Path, extra_ids: int = 100) -> None:
+        import sentencepiece
+
+        if extra_ids < 0:
+            raise InputError(f"extra_ids {extra_ids}: must be 0 or more")
+        try:
+            self._model = Path(model_path).read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(self._model)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"'{model_path}' is not a readable SentencePiece model") from error
+        self._pieces = self._processor.get_piece_size()
+        self.sentinels = self._own_sentinels()
+        if not self.sentinels:
+            self.sentinels = tuple(range(self._pieces + extra_ids - 1, self._pieces - 1, -1))
+        self.vocab_size = max(self._pieces, *(sentinel + 1 for sentinel in self.sentinels), 0)
+        self.unk_id = self._processor.unk_id()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise InputError(f"'{model_path}' has no end-of-sequence piece; train the vocabulary with one")
+        self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
+        self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
+
+    def _own_sentinels(self) -> tuple[int, ...]:
+        # Google's cc_all vocabularies with extra ids spell them with the word-start mark.
+        for prefix in ("", "▁"):
+            ids = (self._processor.piece_to_id(f"{prefix}<extra_id_{n}>") for n in itertools.count())
+            found = tuple(itertools.takewhile(lambda piece: piece != self._processor.unk_id(), ids))
+            if found:
+                return found
+        return ()
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
+        ids: list[int] = []
+        for segment in _segments(text, self.sentinels):
+            ids += [segment] if isinstance(segment, int) else self._processor.encode(segment)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        batch = self._processor.encode(list(texts))
+        return [self.encode(text) if "<extra_id_" in text else ids for text, ids in zip(texts, batch, strict=True)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`."""
+        names = {sentinel: f"<extra_id_{n}>" for n, sentinel in enumerate(self.sentinels)}
+        parts = []
+        for is_sentinel, run in itertools.groupby(_until(self.eos_id, ids), key=names.__contains__):
+            if is_sentinel:
+                parts += [names[token] for token in run]
+            else:
+                parts.append(self._processor.decode([token for token in run if 0 <= token < self._pieces]))
+        return " ".join(part for part in parts if part)
+
+    def save(self, directory: str | Path) -> None:
+        """See `Tokenizer.save`; the model is written byte for byte as `spiece.model`."""
+        # Sentinels of the model's own are found again in the model.
+        extra_ids = self.vocab_size - self._pieces
+        _write_config(directory, {_KIND: "sentencepiece", "extra_ids": extra_ids})
+        (Path(directory) / _MODEL_NAMES[0]).write_bytes(self._model)
+
+
+class ByteTokenizer:
+    """ByT5's vocabulary (Xue et al. 2022): pad 0, EOS 1, unknown 2, byte b at b + 3; no file, no unknown text.
+
+    The sentinels count down from 258. They are the ids of the bytes 0xFF to 0xF5, which UTF-8 never uses.
+    """
+
+    vocab_size = 259
+    pad_id = 0
+    eos_id = 1
+    unk_id = 2
+    bos_id: int | None = None
+    sentinels: tuple[int, ...] = tuple(range(258, 247, -1))
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`; a lone surrogate, which has no UTF-8, becomes `?`."""
+        ids: list[int] = []
+        for segment in _segments(text, self.sentinels):
+            ids += [segment] if isinstance(segment, int) else [byte + 3 for byte in segment.encode(errors="replace")]
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`; bytes that are not UTF-8 are left out."""
+        names = {sentinel: f"<extra_id_{n}>".encode() for n, sentinel in enumerate(self.sentinels)}
+        kept = (token for token in _until(self.eos_id, ids) if 3 <= token < self.vocab_size)
+        return b"".join(names.get(token) or bytes([token - 3]) for token in kept).decode(errors="ignore")
+
+    def save(self, directory: str | Path) -> None:
+        """See `Tokenizer.save`."""
+        _write_config(directory, {_KIND: "bytes"})
+
+
+def load_tokenizer(spec: str | Path, extra_ids: int = 100) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+        spec: `bytes`; a SentencePiece `.model` file; or a directory that `save` wrote, or that holds `spiece.model`,
+            `sentencepiece.model`, `tokenizer.model` or a single other `.model` file (Hugging Face directories do).
+        extra_ids: how many sentinels to add to a SentencePiece model that has none; a directory's
+            `tokenizer_config.json` takes precedence.
+
+    Raises:
+        InputError: if there is no tokenizer at `spec`, or it cannot be read.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return SentencePieceTokenizer(path, extra_ids)
+    if not path.is_dir():
+        hint = nearest(str(spec), ["bytes"])
+        raise InputError(f"no tokenizer at '{spec}'; allowed: 'bytes', a SentencePiece .model file, a directory{hint}")
+    config = _read_config(path / _CONFIG)
+    if config.get(_KIND) == "bytes" or config.get("tokenizer_class") == "ByT5Tokenizer":
+        return ByteTokenizer()
+    models = [path / name for name in _MODEL_NAMES if (path / name).is_file()] or sorted(path.glob("*.model"))
+    if not models or (len(models) > 1 and models[0].name not in _MODEL_NAMES):
+        found = ", ".join(model.name for model in models) or "none"
+        raise InputError(f"'{spec}' must hold {', '.join(_MODEL_NAMES)} or one other .model file; it holds: {found}")
+    extra_ids = config.get("extra_ids", extra_ids)
+    if not isinstance(extra_ids, int):
+        raise InputError(f"extra_ids {extra_ids!r} in '{path / _CONFIG}': must be an integer")
+    return SentencePieceTokenizer(models[0], extra_ids)
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    output: str | Path,
+    vocab_size: int,
+    model_type: Literal["unigram", "bpe", "char", "word"] = "unigram",
+    extra_ids: int = 100,
+    byte_fallback: bool = False,
+    character_coverage: float = 0.9995,
+) -> SentencePieceTokenizer:
+    """Trains a vocabulary laid out as T5's: pad 0, EOS 1, unknown 2, no BOS, and the sentinels on top.
+
+    The same texts give the same bytes. All texts are held in memory; lines longer than 1000 characters are divided.
+
+    Args:
+        texts: the corpus.
+        output: the `.model` file to write; it holds the sentinels too and needs no other file.
+        vocab_size: the final size, sentinels included. A corpus with fewer different pieces gives a smaller vocabulary.
+        model_type: SentencePiece's algorithm.
+        extra_ids: the number of sentinels; `<extra_id_0>` gets the last id.
+        byte_fallback: whether characters outside the vocabulary are spelled in bytes (256 pieces) rather than unknown.
+        character_coverage: the fraction of the corpus's characters that the vocabulary must cover, in [0.98, 1].
+
+    Raises:
+        InputError: for an empty corpus, or a value that SentencePiece refuses (such as a vocabulary too small for the
+            characters of the corpus).
+    """
+    import sentencepiece
+
+    _check_training(vocab_size, model_type, extra_ids, byte_fallback, character_coverage)
+    # A list, because SentencePiece swallows an exception raised by its iterator.
+    lines = (line for text in texts for line in text.splitlines())
+    sentences = [part for line in lines for part in _SENTENCE.findall(line) if part.strip()]
+    if not sentences:
+        raise InputError("no text to train a vocabulary on: every line is blank")
+    trained = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=trained,
+            vocab_size=vocab_size - extra_ids,
+            model_type=model_type,
+            byte_fallback=byte_fallback,
+            character_coverage=character_coverage,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            hard_vocab_limit=False,
+            num_threads=4,  # a constant: the order of its sums, and so the result, follows the number of threads
+            minloglevel=3,
+        )
+    except (OSError, RuntimeError) as error:
+        reason = " ".join((str(error).rsplit("] ", 1)[-1] or str(error)).split())
+        raise InputError(f"cannot train vocab_size {vocab_size} ({extra_ids} of them sentinels): {reason}") from error
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    Path(output).write_bytes(_with_sentinels(trained.getvalue(), extra_ids))
+    return SentencePieceTokenizer(output, extra_ids)
+
+
+def _check_training(
+    vocab_size: int, model_type: str, extra_ids: int, byte_fallback: bool, character_coverage: float
+) -> None:
+    if model_type not in ("unigram", "bpe", "char", "word"):
+        raise InputError(f"model_type '{model_type}': allowed are unigram, bpe, char, word")
+    if byte_fallback and model_type == "word":
+        raise InputError("byte_fallback with model_type 'word': SentencePiece cannot decode such words; use 'unigram'")
+    if not 0.98 <= character_coverage <= 1:
+        raise InputError(f"character_coverage {character_coverage}: must be from 0.98 to 1")
+    smallest = 4 + extra_ids + 256 * byte_fallback
+    if extra_ids < 0 or vocab_size < smallest:
+        raise InputError(f"vocab_size {vocab_size} with extra_ids {extra_ids}: needs at least {smallest} pieces")
+
+
+def _with_sentinels(model: bytes, extra_ids: int) -> bytes:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    # Added afterwards, because SentencePiece itself puts user-defined pieces at the bottom of the vocabulary.
+    for n in reversed(range(extra_ids)):
+        proto.pieces.add(piece=f"<extra_id_{n}>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return proto.SerializeToString(deterministic=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerReport:
+    """How well a vocabulary fits a corpus.
+
+    Attributes:
+        lines: the number of texts looked at.
+        unknown_rate: the fraction of tokens that are the unknown token.
+        round_trip_failures: the fraction of lines that encoding and decoding does not give back exactly.
+        lost_whitespace: the fraction of lines, among these, that differ in whitespace alone.
+        tokens_per_word: tokens for each whitespace-separated word.
+        bytes_per_token: UTF-8 bytes of text for each token.
+    """
+
+    lines: int
+    unknown_rate: float
+    round_trip_failures: float
+    lost_whitespace: float
+    tokens_per_word: float
+    bytes_per_token: float
+
+
+def check_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerReport:
+    """Measures a tokenizer on texts; raises InputError if there are none."""
+    lines = tokens = unknown = failures = whitespace = words = size = 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        back = tokenizer.decode(ids)
+        lines += 1
+        tokens += len(ids)
+        unknown += ids.count(tokenizer.unk_id)
+        failures += back != text
+        whitespace += back != text and "".join(back.split()) == "".join(text.split())
+        words += len(text.split())
+        size += len(text.encode(errors="replace"))
+    if not lines:
+        raise InputError("no text to check the tokenizer on")
+    return TokenizerReport(
+        lines=lines,
+        unknown_rate=unknown / max(tokens, 1),
+        round_trip_failures=failures / lines,
+        lost_whitespace=whitespace / lines,
+        tokens_per_word=tokens / max(words, 1),
+        bytes_per_token=size / max(tokens, 1),
+    )
+
+
+def _segments(text: str, sentinels: tuple[int, ...]) -> Iterator[str | int]:
+    """Yields the text between sentinels as it stands, and the id of each `<extra_id_N>` that the vocabulary has."""
+    done = 0
+    for match in _SENTINEL.finditer(text):
+        if int(match[1]) < len(sentinels):
+            yield text[done : match.start()]
+            yield sentinels[int(match[1])]
+            done = match.end()
+    yield text[done:]
+
+
+def _until(eos_id: int, ids: Iterable[int]) -> Iterator[int]:
+    return itertools.takewhile(lambda token: token != eos_id, map(int, ids))
+
+
+def _write_config(directory: str | Path, config: dict[str, object]) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    (Path(directory) / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"'{path}' is not valid JSON") from error
+    if not isinstance(config, dict):
+        raise InputError(f"'{path}' is not a JSON object")
+    return config

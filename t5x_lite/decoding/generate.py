@@ -1,0 +1,128 @@
+"""Greedy generation: a compiled loop over `(tokens, cache)` that ends when every row has."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from t5x_lite.errors import InputError
+from t5x_lite.models.transformer import Batch, Cache, Transformer
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to generate; the names are Hugging Face's.
+
+    Attributes:
+      max_new_tokens: tokens after which a row ends, EOS included.
+    """
+
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a length that makes no sense."""
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+
+
+@struct.dataclass
+class Generated:
+    """What was generated.
+
+    Attributes:
+      tokens: int32 `[B, N]`, EOS included, without prompt and start token, pads after the end.
+      lengths: int32 `[B]`, tokens of each row.
+      scores: float32 `[B]`, sum of the log-probabilities (nats) of those tokens.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    scores: jax.Array
+
+
+@struct.dataclass
+class _State:
+    """The loop's state: what is `Generated` so far, and
+
+    Attributes:
+      step: int32 scalar, tokens generated per row.
+      cache: the decoder's memory of everything before `logits`.
+      logits: float32 `[B, V]`, for the next token.
+      finished: bool `[B]`, rows that have produced EOS.
+    """
+
+    step: jax.Array
+    cache: Cache
+    logits: jax.Array
+    finished: jax.Array
+    out: Generated
+
+
+@partial(jax.jit, static_argnums=(0, 3), static_argnames=("vocab_size",))
+def generate(
+    model: Transformer, params: Any, batch: Batch, config: GenerationConfig, *, vocab_size: int | None = None
+) -> Generated:
+    """Generates the most likely token again and again, up to EOS or `max_new_tokens`.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      batch: `encoder_input_tokens` `[B, S]`, with or without `encoder_segment_ids`. `decoder_input_tokens` `[B, T]`,
+        start token first, make the decoder continue a prompt; rows of different length are right-padded with
+        `decoder_segment_ids` 0.
+      config: how.
+      vocab_size: ids from here on are never generated; for a model that has more rows than its tokenizer has tokens.
+    """
+    cfg = model.config
+    rows, length = batch["encoder_input_tokens"].shape
+    prompt = batch.get("decoder_input_tokens", jnp.full((rows, 1), cfg.decoder_start_id, jnp.int32))
+    segments = batch.get("decoder_segment_ids", jnp.ones_like(prompt))
+    allowed = jnp.arange(cfg.vocab_size) < (vocab_size or cfg.vocab_size)
+
+    def decode(tokens: jax.Array, cache: Cache, **kwargs: Any) -> tuple[jax.Array, Cache]:
+        step_batch = {**batch, "decoder_input_tokens": tokens, "decoder_segment_ids": kwargs.pop("segments")}
+        result: Any = model.apply({"params": params}, step_batch, cache=cache, method="decode", **kwargs)
+        return result
+
+    encoded = model.apply({"params": params}, batch, method="encode")
+    cache = model.new_cache(rows, prompt.shape[1] + config.max_new_tokens, length)
+    logits, cache = decode(prompt, cache, segments=segments, encoded=encoded)
+    last = jnp.take_along_axis(logits, (cache.position - 1)[:, None, None], axis=1)[:, 0]
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < config.max_new_tokens) & ~jnp.all(state.finished)
+
+    def extend(state: _State) -> _State:
+        log_probabilities = jax.nn.log_softmax(jnp.where(allowed[None, :], state.logits, -jnp.inf))
+        token = jnp.argmax(log_probabilities, axis=-1).astype(jnp.int32)
+        token = jnp.where(state.finished, cfg.pad_id, token)
+        gained = jnp.take_along_axis(log_probabilities, token[:, None], axis=-1)[:, 0]
+        out = Generated(
+            tokens=state.out.tokens.at[:, state.step].set(token),
+            lengths=state.out.lengths + ~state.finished,
+            scores=state.out.scores + jnp.where(state.finished, 0.0, gained),
+        )
+        logits, cache = decode(token[:, None], state.cache, segments=jnp.ones_like(token[:, None]))
+        return _State(
+            step=state.step + 1,
+            cache=cache,
+            logits=logits[:, 0],
+            finished=state.finished | (token == cfg.eos_id),
+            out=out,
+        )
+
+    start = _State(
+        step=jnp.zeros((), jnp.int32),
+        cache=cache,
+        logits=last,
+        finished=jnp.zeros((rows,), bool),
+        out=Generated(
+            tokens=jnp.full((rows, config.max_new_tokens), cfg.pad_id, jnp.int32),
+            lengths=jnp.zeros((rows,), jnp.int32),
+            scores=jnp.zeros((rows,), jnp.float32),
+        ),
+    )
+    return jax.lax.while_loop(unfinished, extend, start).out

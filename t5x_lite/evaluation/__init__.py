@@ -1,0 +1,1 @@
+"""Evaluation: from a dataset to named numbers."""

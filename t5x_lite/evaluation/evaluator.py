@@ -1,0 +1,83 @@
+"""Evaluates parameters on a dataset."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from t5x_lite import sharding
+from t5x_lite.data.tokenizers import Tokenizer
+from t5x_lite.errors import InputError
+from t5x_lite.evaluation.metrics import bits_per_byte, exact_match, perplexity
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    limit: int = 0,
+) -> dict[str, float]:
+    """Returns the metrics of `params` over the batches.
+
+    Args:
+      eval_step: from `training.step.make_eval_step`.
+      params: parameters on the mesh.
+      batches: host batches, padded with rows of weight 0.
+      tokenizer: to count the bytes of the target text.
+      mesh: where the parameters are.
+      limit: batches to read; 0: all.
+
+    Returns:
+      `loss` (nats per real target token), `perplexity`, `bits_per_byte` (of the target text, without sentinels and
+      EOS), `accuracy` (share of target tokens that are the most likely one given those before) and `target_tokens`.
+
+    Raises:
+      InputError: there is nothing to evaluate.
+    """
+    nats = correct = tokens = 0.0
+    num_bytes = 0
+    for batch in itertools.islice(batches, limit or None):
+        sums = eval_step(params, sharding.put_batch(mesh, batch))
+        nats += float(sums.cross_entropy)
+        correct += float(sums.correct)
+        tokens += float(sums.weight)
+        num_bytes += sum(len(text.encode()) for text in target_texts(batch, tokenizer, sentinels=False))
+    if not tokens:
+        raise InputError("there are no examples to evaluate")
+    return {
+        "loss": nats / tokens,
+        "perplexity": perplexity(nats / tokens),
+        "bits_per_byte": bits_per_byte(nats, num_bytes) if num_bytes else float("nan"),
+        "accuracy": correct / tokens,
+        "target_tokens": int(tokens),
+    }
+
+
+def target_texts(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, sentinels: bool = True) -> list[str]:
+    """Returns the decoded targets of the batch's real rows, with or without their sentinels."""
+    drop = () if sentinels else tokenizer.sentinels
+    texts = []
+    for tokens, weights in zip(batch["decoder_target_tokens"], batch["decoder_loss_weights"], strict=True):
+        real = tokens[weights > 0]
+        if real.size:
+            texts.append(tokenizer.decode(real[~np.isin(real, drop)].tolist()))
+    return texts
+
+
+def generation_metrics(
+    lm: Any, pairs: Sequence[tuple[str, str]], max_new_tokens: int, batch_size: int = 32
+) -> dict[str, float]:
+    """Returns `exact_match`: the share of targets that greedy generation reproduces.
+
+    Args:
+      lm: a `LanguageModel`.
+      pairs: inputs and targets.
+      max_new_tokens: as many as the longest target needs, EOS included.
+      batch_size: inputs decoded together.
+    """
+    outputs = lm.generate([source for source, _ in pairs], max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return {"exact_match": exact_match(outputs, [target for _, target in pairs])}

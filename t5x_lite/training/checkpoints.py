@@ -1,0 +1,249 @@
+"""Checkpoints: written in the background, checked when read, never the only copy.
+
+A checkpoint is an Orbax directory `<step>/` with the items `params` and `optimizer`, restored onto any mesh. Orbax
+renames a directory into place when it is complete, so one that was cut short is never taken for a checkpoint. It does
+not notice a changed byte in array data, so this module adds `checksums.json` to every finished checkpoint.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from t5x_lite.errors import InputError
+from t5x_lite.training.state import TrainState
+
+CHECKSUMS = "checksums.json"
+
+
+class Checkpointer:
+    """Saves and restores the states of one run.
+
+    Args:
+      directory: the run's `checkpoints/`; created if it is missing.
+      keep: how many of the latest checkpoints to keep, beside the one with the lowest validation loss.
+    """
+
+    def __init__(self, directory: Path, keep: int = 3):
+        self.directory = Path(directory).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, state: TrainState, loss: float | None = None) -> None:
+        """Starts to write `state`; returns when it has been copied from the devices.
+
+        Args:
+          state: the state; it may be donated to the next step at once.
+          loss: validation loss at this step, by which the best checkpoint is chosen.
+
+        Raises:
+          InputError: the disk has no room. The checkpoints that were there stay.
+        """
+        step = int(state.step)
+        self.wait()
+        needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise self._disk_full(step, f"needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(state.opt_state)
+                ),
+                metrics={"loss": math.inf if loss is None else loss},
+            )
+        except Exception as error:
+            raise self._save_failed(step, error) from error
+
+    def wait(self) -> None:
+        """Waits until everything saved is on disk, and seals it with checksums.
+
+        Raises:
+          InputError: the disk was full; the previous checkpoints stay.
+        """
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                for step in self.steps():
+                    seal(self.directory / str(step))
+        except Exception as error:
+            raise self._save_failed(None, error) from error
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, ascending."""
+        return complete_steps(self.directory)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState | None, list[str]]:
+        """Restores the latest checkpoint that can be read.
+
+        One that cannot is renamed to `<step>.unreadable`, so that nothing is lost and its step can be saved again.
+
+        Args:
+          abstract: shapes, dtypes and layouts wanted, from `abstract_state`.
+
+        Returns:
+          The state (None: there was no checkpoint), and a line about each checkpoint that was passed over.
+
+        Raises:
+          InputError: there are checkpoints, and none can be read.
+        """
+        notes = []
+        for step in reversed(self.steps()):
+            path = self.directory / str(step)
+            try:
+                items = read(path, {"params": abstract.params, "optimizer": abstract.opt_state})
+            except UnreadableCheckpoint as error:
+                aside = path.with_name(f"{step}.unreadable")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                self._manager.reload()
+                notes.append(f"{error}; set aside as {aside.name}")
+                continue
+            layout = abstract.step.sharding
+            state = TrainState(
+                step=jax.device_put(jax.numpy.int32(step), layout),
+                params=items["params"],
+                opt_state=items["optimizer"],
+            )
+            return state, notes
+        if notes:
+            raise InputError(f"no readable checkpoint is left in {self.directory}: {'; '.join(notes)}")
+        return None, notes
+
+    def close(self) -> None:
+        """Waits for the last save and releases the threads."""
+        self.wait()
+        self._manager.close()
+
+    def _save_failed(self, step: int | None, error: Exception) -> Exception:
+        text = str(error)
+        numbers = {getattr(e, "errno", None) for e in (error, error.__cause__, error.__context__)}
+        full = numbers & {errno.ENOSPC, errno.EFBIG, errno.EDQUOT} or any(
+            words in text for words in ("No space left", "File too large", "quota exceeded")
+        )
+        return self._disk_full(step, "the disk is full") if full else error
+
+    def _disk_full(self, step: int | None, why: str) -> InputError:
+        kept = self.steps()
+        which = "the checkpoint" if step is None else f"the checkpoint of step {step}"
+        last = f"the one of step {kept[-1]} is kept" if kept else "there is no earlier one"
+        return InputError(f"could not save {which} in {self.directory}: {why}; {last}; free some space and run again")
+
+
+class UnreadableCheckpoint(Exception):
+    """A checkpoint directory that cannot be restored; the message says why, in one line."""
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a `checkpoints/` directory, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def seal(path: Path) -> None:
+    """Writes the checksums of a complete checkpoint beside its files, unless they are there."""
+    target = path / CHECKSUMS
+    if not target.exists():
+        partial = path / f"{CHECKSUMS}.partial"
+        partial.write_text(json.dumps(_checksums(path), indent=1))
+        partial.rename(target)
+
+
+def verify(path: Path) -> None:
+    """Compares a checkpoint's files with its checksums; one that was never sealed passes.
+
+    Raises:
+      UnreadableCheckpoint: a file is missing or has changed; the message names the first.
+    """
+    try:
+        expected = json.loads((path / CHECKSUMS).read_text())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        raise UnreadableCheckpoint(f"checkpoint {path} is damaged: {CHECKSUMS} cannot be read") from None
+    found = _checksums(path)
+    bad = [name for name, digest in expected.items() if found.get(name) != digest]
+    if bad:
+        raise UnreadableCheckpoint(
+            f"checkpoint {path} is damaged: {bad[0]} " + ("has changed" if bad[0] in found else "is missing")
+        )
+
+
+def read(path: Path, items: dict[str, Any]) -> dict[str, Any]:
+    """Restores items of one checkpoint, each array directly in the layout asked for.
+
+    Args:
+      path: `checkpoints/<step>`.
+      items: `params` and/or `optimizer`, each a tree of `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+      UnreadableCheckpoint: it is damaged.
+      InputError: it is sound, but its arrays have other names or shapes than asked for.
+    """
+    verify(path)
+    out = {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name, abstract in items.items():
+            try:
+                stored = checkpointer.metadata(path / name).item_metadata.tree
+            except Exception as error:
+                raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+            _check_shapes(path, stored, abstract)
+            try:
+                out[name] = checkpointer.restore(path / name, abstract)
+            except Exception as error:
+                raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+    return out
+
+
+def _check_shapes(path: Path, stored: Any, abstract: Any) -> None:
+    def by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+        named = jax.tree_util.tree_flatten_with_path(tree)[0]
+        # Named tuples of the optimizer come back as dicts: compare the plain names on the way to each leaf.
+        return {
+            "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in keys): tuple(
+                leaf.shape
+            )
+            for keys, leaf in named
+        }
+
+    have, want = by_name(stored), by_name(abstract)
+    for name in want.keys() | have.keys():
+        if have.get(name) != want.get(name):
+            raise InputError(
+                f"checkpoint {path} does not fit the model: {name} is {have.get(name, 'absent')} there"
+                f" and {want.get(name, 'absent')} here"
+            )
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    digests = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not file.name.startswith(CHECKSUMS):
+            with file.open("rb") as stream:
+                digests[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

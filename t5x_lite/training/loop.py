@@ -1,0 +1,304 @@
+"""The training loop: everything of the other rooms, joined."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from t5x_lite import config as configuration
+from t5x_lite import sharding
+from t5x_lite.config import RunConfig
+from t5x_lite.data import recipe
+from t5x_lite.data.pipeline import Dataset, prefetch
+from t5x_lite.data.tokenizers import Tokenizer
+from t5x_lite.errors import InputError
+from t5x_lite.evaluation.evaluator import evaluate
+from t5x_lite.models.registry import build
+from t5x_lite.models.transformer import Transformer
+from t5x_lite.training.checkpoints import Checkpointer
+from t5x_lite.training.monitor import MetricsLog
+from t5x_lite.training.optimizers import make_optimizer
+from t5x_lite.training.schedules import make_schedule
+from t5x_lite.training.state import TrainState, abstract_state, init_state
+from t5x_lite.training.step import make_eval_step, make_train_step
+
+# What may differ between two starts of one run; anything else would make it another run.
+MAY_CHANGE = (
+    "mesh",
+    "out",
+    "init_from",
+    "tokenizer",
+    "extra_ids",
+    "fit_vocabulary",
+    "data.split",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.remat",
+)
+
+
+class Observer:
+    """Hears what the loop does; the command line's one draws progress bars. Every method may be left as it is."""
+
+    def note(self, text: str) -> None:
+        """Hears a line for the user."""
+
+    def step(self, record: Mapping[str, Any], last: int) -> None:
+        """Hears of every step, logged or not; `last` is the run's last step."""
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Hears the metrics of an evaluation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run ends with.
+
+    Attributes:
+      config: as resolved, vocabulary size included.
+      state: the final state, on the mesh.
+      metrics: of the last evaluation on the held-out data.
+      tokenizer: the run's.
+      mesh: the run's.
+    """
+
+    config: RunConfig
+    state: TrainState
+    metrics: Mapping[str, float]
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+
+def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
+    """Trains as `config` says, or continues the run that `config.out` holds, and leaves a run directory.
+
+    A run that is killed and started again goes on from its latest checkpoint with the same data, random numbers and
+    so the same losses, bit for bit on the same machine and mesh.
+
+    Raises:
+      InputError: something in the configuration cannot be used.
+      FloatingPointError: a loss or gradient is not finite; the message names the step.
+    """
+    observer = observer or Observer()
+    out = Path(config.out)
+    mesh = sharding.make_mesh(config.mesh)
+    _check_rows(config, mesh)
+    records = recipe.read(config.data)
+    tokenizer = recipe.run_tokenizer(config, records.texts())
+    config = with_vocabulary(config, tokenizer)
+    _claim(out, config)
+
+    dataset, validation = recipe.datasets(records, config.data, config.train, tokenizer)
+    for side in ("inputs", "targets"):
+        if cut := getattr(dataset, f"truncated_{side}"):
+            observer.note(f"{cut} of {dataset.num_examples} training {side} are longer than the row and were cut")
+    model = build(config.model, config.train.dtype, config.train.remat)
+    opt = config.optimizer
+    schedule = make_schedule(opt.schedule, opt.learning_rate, opt.warmup_steps, config.train.steps)
+    tx = make_optimizer(
+        opt.name,
+        schedule,
+        model.logical_axes(),
+        clip_norm=opt.clip_norm,
+        weight_decay=opt.weight_decay,
+        step_offset=opt.step_offset,
+    )
+
+    checkpointer = Checkpointer(out / "checkpoints", config.train.keep_checkpoints)
+    try:
+        state = _first_state(config, model, tx, mesh, checkpointer, observer)
+        _announce(config, model, mesh, state, dataset, observer)
+        log = MetricsLog(out, int(state.step))
+        try:
+            run = _Run(config, model, tx, schedule, mesh, tokenizer, validation, checkpointer, log, observer)
+            state, metrics = run(state, dataset)
+        finally:
+            log.close()
+    finally:
+        checkpointer.close()
+    return TrainResult(config, state, metrics, tokenizer, mesh)
+
+
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """Returns the configuration with a model that fits the tokenizer and, with `init_from`, that checkpoint.
+
+    Raises:
+      InputError: the model has fewer embeddings than the tokenizer has tokens.
+    """
+    model = config.model
+    if config.init_from:
+        theirs = configuration.resolve(recipe.run_directory(config.init_from) / "config.yaml").config.model
+        # Dropout is a property of the training, not of the checkpoint.
+        model = dataclasses.replace(theirs, dropout_rate=model.dropout_rate)
+    elif config.fit_vocabulary:
+        model = dataclasses.replace(model, vocab_size=-(-tokenizer.vocab_size // 128) * 128)
+    if model.vocab_size < tokenizer.vocab_size:
+        where = f"the checkpoint {config.init_from}" if config.init_from else "the model"
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but {where} has embeddings for {model.vocab_size}"
+        )
+    model = dataclasses.replace(model, pad_id=tokenizer.pad_id, eos_id=tokenizer.eos_id)
+    return dataclasses.replace(config, model=model, fit_vocabulary=False)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The steps of one run, and what happens between them."""
+
+    config: RunConfig
+    model: Transformer
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: Mesh
+    tokenizer: Tokenizer
+    validation: Dataset
+    checkpointer: Checkpointer
+    log: MetricsLog
+    observer: Observer
+
+    def __call__(self, state: TrainState, dataset: Dataset) -> tuple[TrainState, Mapping[str, float]]:
+        """Trains from `state` to the last step; returns the final state and its evaluation."""
+        cfg = self.config.train
+        train_step = make_train_step(
+            self.model,
+            self.tx,
+            self.schedule,
+            self.mesh,
+            state,
+            microbatches=cfg.microbatches,
+            z_loss=cfg.z_loss,
+            seed=cfg.seed,
+        )
+        self.eval_step = make_eval_step(self.model, self.mesh)
+        self.clock = time.perf_counter()
+        metrics: Mapping[str, float] = {}
+        pending: tuple[int, Any, int] | None = None
+        done = int(state.step)
+        for index, batch in prefetch(dataset.batch, done, cfg.steps):
+            tokens = int(np.sum(batch["encoder_segment_ids"] > 0) + np.sum(batch["decoder_segment_ids"] > 0))
+            state, step_metrics = train_step(state, sharding.put_batch(self.mesh, batch))
+            # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
+            self._report(pending)
+            step, pending = index + 1, (index + 1, step_metrics, tokens)
+            last = step == cfg.steps
+            evaluating, saving = last or _due(step, cfg.eval_every), last or _due(step, cfg.checkpoint_every)
+            if evaluating or saving:
+                self._report(pending)
+                pending = None
+            if evaluating:
+                metrics = self._evaluate(state, step)
+            if saving:
+                self.checkpointer.save(state, metrics["loss"] if evaluating else None)
+            if evaluating or saving:
+                self.clock = time.perf_counter()
+        return state, metrics or self._evaluate(state, int(state.step), log=False)
+
+    def _report(self, pending: tuple[int, Any, int] | None) -> None:
+        if pending is None:
+            return
+        step, metrics, tokens = pending
+        record = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        now = time.perf_counter()
+        record["tokens_per_second"] = tokens / (now - self.clock)
+        self.clock = now
+        if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
+            kept = self.checkpointer.steps()
+            raise FloatingPointError(
+                f"step {step}: the loss is {record['loss']} and the gradient norm {record['gradient_norm']}; "
+                + (f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet")
+            )
+        self.observer.step(record, self.config.train.steps)
+        if _due(step, self.config.train.log_every) or step in (1, self.config.train.steps):
+            self.log.write(record)
+
+    def _evaluate(self, state: TrainState, step: int, log: bool = True) -> Mapping[str, float]:
+        batches = self.validation.eval_batches()
+        metrics = evaluate(
+            self.eval_step, state.params, batches, self.tokenizer, self.mesh, self.config.train.eval_batches
+        )
+        record = {"step": step, "split": "validation", **metrics}
+        if log:
+            self.log.write(record)
+        self.observer.evaluation(record)
+        return metrics
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+    rows = config.train.batch_size // config.train.microbatches
+    try:
+        sharding.check_divides(mesh, {"batch": rows})
+    except InputError as error:
+        detail = f"train.batch_size {config.train.batch_size} / train.microbatches {config.train.microbatches}"
+        raise InputError(f"{error}; {detail} = {rows} rows at a time") from None
+
+
+def _claim(out: Path, config: RunConfig) -> None:
+    """Writes config.yaml, or checks that the one in the run directory describes this run."""
+    path = out / "config.yaml"
+    if path.exists():
+        old = configuration.flatten(configuration.resolve(path).config)
+        for key, value in configuration.flatten(config).items():
+            if key not in MAY_CHANGE and old[key] != value:
+                raise InputError(
+                    f"out={out} holds a run with {key}={old[key]}, not {value}; give another out= for another run"
+                )
+    partial = path.with_suffix(".partial")
+    configuration.save(config, partial)
+    partial.rename(path)
+
+
+def _first_state(
+    config: RunConfig,
+    model: Transformer,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    observer: Observer,
+) -> TrainState:
+    abstract = abstract_state(model, tx, mesh)
+    state, notes = checkpointer.restore(abstract)
+    for note in notes:
+        observer.note(note)
+    if state is not None:
+        observer.note(f"continuing {config.out} from step {int(state.step)}")
+        return state
+    if not config.init_from:
+        return init_state(model, tx, mesh, config.train.seed)
+    from t5x_lite.language_model import load_params
+
+    params, notes = load_params(config.init_from, abstract.params)
+    for note in notes:
+        observer.note(note)
+    return init_state(model, tx, mesh, config.train.seed, params)
+
+
+def _announce(
+    config: RunConfig, model: Transformer, mesh: Mesh, state: TrainState, dataset: Dataset, observer: Observer
+) -> None:
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    params, opt = sharding.bytes_per_device(state.params), sharding.bytes_per_device(state.opt_state)
+    device = jax.devices()[0].device_kind
+    observer.note(f"mesh {sharding.describe(mesh)}: {mesh.size} device(s), {device}")
+    observer.note(
+        f"{count:,} parameters; each device holds {params / 1e6:.1f} MB of them, {opt / 1e6:.1f} MB of optimizer state"
+        f" and {config.train.batch_size // sharding.axis_size(mesh, sharding.RULES['batch'])} of the batch's rows"
+    )
+    observer.note(
+        f"{dataset.num_examples:,} training examples of {dataset.input_length} + {dataset.target_length} tokens;"
+        f" vocabulary {model.config.vocab_size:,}"
+    )

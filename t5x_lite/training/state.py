@@ -1,0 +1,77 @@
+"""What training carries from step to step, and how it lies on the mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from t5x_lite import sharding
+from t5x_lite.models.transformer import Transformer
+
+
+@struct.dataclass
+class TrainState:
+    """A plain pytree; random keys and data order follow from the step, so nothing else needs to be kept.
+
+    Attributes:
+      step: int32 scalar, updates made so far.
+      params: nested dict of float32 arrays.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def abstract_state(model: Transformer, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns the state as `jax.ShapeDtypeStruct`s with a NamedSharding each; nothing is allocated.
+
+    Raises:
+      InputError: an axis of the model does not divide over the mesh.
+    """
+    sharding.check_divides(mesh, model.config.sharded_sizes())
+    shapes = model.param_shapes()
+    layouts = sharding.tree_shardings(mesh, model.logical_axes(), shapes)
+    params = _with_shardings(shapes, layouts)
+    opt_state = _with_shardings(jax.eval_shape(tx.init, shapes), sharding.optimizer_shardings(mesh, tx.init, params))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    return TrainState(step=step, params=params, opt_state=opt_state)
+
+
+def init_state(
+    model: Transformer, tx: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None
+) -> TrainState:
+    """Returns a fresh state, made directly in its layout: no device ever holds what it does not keep.
+
+    Args:
+      model: the model.
+      tx: the optimizer.
+      mesh: where the state lies.
+      seed: of the initial parameters.
+      params: parameters to start from instead, as NumPy or JAX arrays of the model's shapes.
+    """
+    layouts = state_shardings(abstract_state(model, tx, mesh))
+
+    def fresh(key: jax.Array) -> TrainState:
+        batch = {name: jnp.ones((1, 1), jnp.int32) for name in ("encoder_input_tokens", "decoder_input_tokens")}
+        return started(model.init(key, batch)["params"])
+
+    def started(params: Any) -> TrainState:
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+    if params is None:
+        return jax.jit(fresh, out_shardings=layouts)(jax.random.key(seed))
+    return jax.jit(started, out_shardings=layouts)(jax.device_put(params, layouts.params))
+
+
+def state_shardings(state: TrainState) -> TrainState:
+    """Returns the layout of every leaf of a state."""
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def _with_shardings(shapes: Any, layouts: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layouts)
