@@ -8,12 +8,10 @@ from t5x_lite.cli.settings import read_settings
 from t5x_lite.config import flatten
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments."""
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    show = actions.add_parser("show", help="all keys, values and origins")
-    show.add_argument("settings", nargs="*", metavar="CONFIG key=value", help=SETTINGS_HELP)
-    show.add_argument("--json", action="store_true", help="print JSON")
+def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
+    """Declares the arguments of `show`."""
+    parser.add_argument("settings", nargs="*", metavar="CONFIG key=value", help=SETTINGS_HELP)
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:

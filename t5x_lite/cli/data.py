@@ -9,14 +9,12 @@ from t5x_lite.cli.settings import read_settings
 from t5x_lite.data import recipe
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments."""
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    show = actions.add_parser("show", help="decoded examples with their masks")
-    show.add_argument("settings", nargs="*", metavar="CONFIG key=value", help=SETTINGS_HELP)
-    show.add_argument("--examples", type=int, default=2, help="how many (default 2)")
-    show.add_argument("--step", type=int, default=0, help="of the batch they are taken from (default 0)")
-    show.add_argument("--json", action="store_true", help="print an object a line, with token ids")
+def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
+    """Declares the arguments of `show`."""
+    parser.add_argument("settings", nargs="*", metavar="CONFIG key=value", help=SETTINGS_HELP)
+    parser.add_argument("--examples", type=int, default=2, help="how many (default 2)")
+    parser.add_argument("--step", type=int, default=0, help="of the batch they are taken from (default 0)")
+    parser.add_argument("--json", action="store_true", help="print an object a line, with token ids")
 
 
 def run(args: argparse.Namespace) -> int:

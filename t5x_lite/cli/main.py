@@ -12,7 +12,8 @@ from typing import NoReturn
 from t5x_lite import __version__
 from t5x_lite.errors import InputError, nearest
 
-# Command to module of this package and what `--help` says. A module has `add_arguments(parser)` and `run(args)`.
+# Command to module of this package and what `--help` says. A module has `add_arguments(parser)` and `run(args)`, or,
+# where the command has `ACTIONS`, a second word, `add_arguments(parser, action)`.
 COMMANDS = {
     "demo": ("demo", "train, evaluate and use a small T5 on the embedded corpus, in about two minutes"),
     "train": ("train", "pre-train or fine-tune, or continue a run"),
@@ -23,6 +24,8 @@ COMMANDS = {
     "config": ("config", "show every setting and where its value comes from"),
     "doctor": ("doctor", "versions, devices, memory, and what is missing"),
 }
+
+ACTIONS = {"tokenizer": ("train", "check"), "data": ("show",), "config": ("show",)}
 
 SETTINGS_HELP = "a YAML file or a run directory, then key=value settings such as train.steps=100"
 
@@ -77,12 +80,20 @@ def _run(argv: list[str]) -> int:
             f"unknown command '{args.command}'{nearest(args.command, COMMANDS)} (one of {', '.join(COMMANDS)})"
         )
     module_name, text = COMMANDS[args.command]
+    words, rest = [args.command], args.rest
+    if actions := ACTIONS.get(args.command):
+        if not rest or (rest[0] not in actions and rest[0] not in ("-h", "--help")):
+            given = f", not '{rest[0]}'{nearest(rest[0], actions)}" if rest else ""
+            raise InputError(f"`t5x-lite {args.command}` needs one of the words {', '.join(actions)}{given}")
+        words.append(rest[0] if rest[0] in actions else "|".join(actions))
+        rest = rest[1:] if rest[0] in actions else rest
     module = import_module(f"t5x_lite.cli.{module_name}")
-    command = _Parser(prog=f"t5x-lite {args.command}", description=text)
+    command = _Parser(prog=f"t5x-lite {' '.join(words)}", description=text)
     command.add_argument("--traceback", action="store_true", help="show where an error came from")
-    module.add_arguments(command)
+    command.set_defaults(action=words[-1])
+    module.add_arguments(command, *words[1:])
     # Libraries underneath log and warn about matters of their own; ours are in notes and errors.
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore", module="(jax|orbax|tensorboardX|flax)")
-    return module.run(command.parse_args(args.rest))
+    return module.run(command.parse_intermixed_args(rest))

@@ -13,20 +13,18 @@ from t5x_lite.data.tokenizers import check_tokenizer, load_tokenizer, train_sent
 from t5x_lite.errors import InputError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments."""
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    train = actions.add_parser("train", help="train a .model on data.path")
-    train.add_argument("output", metavar="OUTPUT.model", help="the file to write")
-    train.add_argument("--type", default="unigram", help=f"one of {', '.join(recipe.TRAINED_TOKENIZERS)}")
-    train.add_argument("--vocab-size", type=int, default=8000, help="pieces, sentinels included (default 8000)")
-    train.add_argument("--extra-ids", type=int, default=100, help="sentinels for span corruption (default 100)")
-    train.add_argument("--byte-fallback", action="store_true", help="spell unknown characters as bytes")
-    check = actions.add_parser("check", help="how well a tokenizer fits data.path")
-    check.add_argument("model", metavar="MODEL", help="a .model file, a run's tokenizer directory, or `bytes`")
-    for action in (train, check):
-        action.add_argument("settings", nargs="*", metavar="key=value", help=SETTINGS_HELP)
-        action.add_argument("--json", action="store_true", help="print JSON")
+def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
+    """Declares the arguments of `train`, which writes a model for data.path, or `check`, which tries one on it."""
+    if action == "train":
+        parser.add_argument("output", metavar="OUTPUT.model", help="the file to write")
+        parser.add_argument("--type", default="unigram", help=f"one of {', '.join(recipe.TRAINED_TOKENIZERS)}")
+        parser.add_argument("--vocab-size", type=int, default=8000, help="pieces, sentinels included (default 8000)")
+        parser.add_argument("--extra-ids", type=int, default=100, help="sentinels for span corruption (default 100)")
+        parser.add_argument("--byte-fallback", action="store_true", help="spell unknown characters as bytes")
+    else:
+        parser.add_argument("model", metavar="MODEL", help="a .model file, a run's tokenizer directory, or `bytes`")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=SETTINGS_HELP)
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:

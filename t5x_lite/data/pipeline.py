@@ -299,13 +299,18 @@ def _hash_bit(values: np.ndarray) -> np.ndarray:
     return (values >> 63).astype(bool)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
 def prefetch(load: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, T]]:
     """Yields (step, load(step)) for the steps from `start` up to `stop`, loading ahead in a thread.
 
     At most `depth` finished results wait (and one more is being made). An exception in `load` is raised here, at its
     step. The thread ends when the iterator is closed or collected, after the `load` it is in.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(depth, 1))
+    ready: queue.Queue[T | _Failure] = queue.Queue(maxsize=max(depth, 1))
     stopped = threading.Event()
 
     def produce() -> None:
@@ -313,19 +318,19 @@ def prefetch(load: Callable[[int], T], start: int, stop: int, depth: int = 2) ->
             if stopped.is_set():
                 return
             try:
-                ready.put((load(step), None))
+                ready.put(load(step))
             except BaseException as error:
-                ready.put((None, error))
+                ready.put(_Failure(error))
                 return
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
         for step in range(start, stop):
-            value, error = ready.get()
-            if error is not None:
-                raise error
-            yield step, value
+            result = ready.get()
+            if isinstance(result, _Failure):
+                raise result.error
+            yield step, result
     finally:
         stopped.set()
         # Room for the one result that the thread may still put: it looks at `stopped` before it makes another.

@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Literal
 
 from t5x_lite.data import corpus
 from t5x_lite.errors import InputError, nearest
@@ -118,7 +118,7 @@ def _rows(file: str, columns: tuple[str, ...]) -> _Rows:
         raise InputError(f"cannot read '{file}': {' '.join(str(error).split())}") from error
 
 
-def _open(file: str, compression: str) -> BinaryIO:
+def _open(file: str, compression: str) -> io.BufferedIOBase:
     if compression == ".gz":
         return gzip.open(file, "rb")
     if compression == ".zst":
@@ -129,7 +129,7 @@ def _open(file: str, compression: str) -> BinaryIO:
     return open(file, "rb")
 
 
-def _lines(stream: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
+def _lines(stream: io.BufferedIOBase, file: str) -> Iterator[tuple[int, str]]:
     for number, raw in enumerate(stream, 1):
         try:
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -138,13 +138,13 @@ def _lines(stream: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
             raise InputError(f"{file}:{number}: invalid UTF-8 (0x{raw[byte - 1]:02x}) at byte {byte}") from error
 
 
-def _text_rows(stream: BinaryIO, file: str, columns: tuple[str, ...]) -> _Rows:
+def _text_rows(stream: io.BufferedIOBase, file: str, columns: tuple[str, ...]) -> _Rows:
     for number, line in _lines(stream, file):
         if line.strip():
             yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
 
 
-def _json_rows(stream: BinaryIO, file: str, columns: tuple[str, ...]) -> _Rows:
+def _json_rows(stream: io.BufferedIOBase, file: str, columns: tuple[str, ...]) -> _Rows:
     for number, line in _lines(stream, file):
         if not line.strip():
             continue
@@ -163,7 +163,7 @@ def _json_rows(stream: BinaryIO, file: str, columns: tuple[str, ...]) -> _Rows:
         yield f"{file}:{number}", record
 
 
-def _delimited_rows(stream: BinaryIO, file: str, delimiter: str, quoting: int) -> _Rows:
+def _delimited_rows(stream: io.BufferedIOBase, file: str, delimiter: str, quoting: Literal[0, 3]) -> _Rows:
     # The default limit of 131072 characters a field is shorter than many documents.
     csv.field_size_limit(2**31 - 1)
     lines = (line for _, line in _lines(stream, file))
@@ -186,16 +186,16 @@ def _delimited_rows(stream: BinaryIO, file: str, delimiter: str, quoting: int) -
         raise InputError(f"{file}:{rows.line_num}: {error}") from error
 
 
-def _csv_rows(stream: BinaryIO, file: str, columns: tuple[str, ...]) -> _Rows:
+def _csv_rows(stream: io.BufferedIOBase, file: str, columns: tuple[str, ...]) -> _Rows:
     return _delimited_rows(stream, file, ",", csv.QUOTE_MINIMAL)
 
 
-def _tsv_rows(stream: BinaryIO, file: str, columns: tuple[str, ...]) -> _Rows:
+def _tsv_rows(stream: io.BufferedIOBase, file: str, columns: tuple[str, ...]) -> _Rows:
     # TSV as published (GLUE and others) has lone quotes in its text: a quote is an ordinary character.
     return _delimited_rows(stream, file, "\t", csv.QUOTE_NONE)
 
 
-def _parquet_rows(stream: BinaryIO, file: str, columns: tuple[str, ...]) -> _Rows:
+def _parquet_rows(stream: io.BufferedIOBase, file: str, columns: tuple[str, ...]) -> _Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -212,7 +212,7 @@ def _parquet_rows(stream: BinaryIO, file: str, columns: tuple[str, ...]) -> _Row
         raise InputError(f"cannot read '{file}' as Parquet: {' '.join(str(error).split())}") from error
 
 
-_Reader = Callable[[BinaryIO, str, tuple[str, ...]], _Rows]
+_Reader = Callable[[io.BufferedIOBase, str, tuple[str, ...]], _Rows]
 _READERS: dict[str, _Reader] = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".log", ""), _text_rows),
     ".jsonl": _json_rows,

@@ -269,7 +269,7 @@ def _check_training(
 def _with_sentinels(model: bytes, extra_ids: int) -> bytes:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]
     # Added afterwards, because SentencePiece itself puts user-defined pieces at the bottom of the vocabulary.
     for n in reversed(range(extra_ids)):
         proto.pieces.add(piece=f"<extra_id_{n}>", score=0.0, type=proto.SentencePiece.USER_DEFINED)

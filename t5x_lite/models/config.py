@@ -1,7 +1,7 @@
 """The shape of a model, as plain data; nothing here needs JAX."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from t5x_lite.errors import InputError
 
@@ -61,11 +61,24 @@ class TransformerConfig:
             value = getattr(self, field.name)
             if field.type in ("int", int) and not field.name.endswith("_id") and value < 1:
                 raise InputError(f"model.{field.name} must be at least 1, not {value}")
+            allowed = get_args(field.type)
+            if allowed and value not in allowed:
+                raise InputError(f"model.{field.name} '{value}' is unknown, allowed: {', '.join(allowed)}")
+        # Half of the buckets may serve one direction, and half of those exact distances: at least one has to remain.
+        if self.relative_bias_buckets < 4:
+            raise InputError(f"model.relative_bias_buckets must be at least 4, not {self.relative_bias_buckets}")
+        if self.relative_bias_max_distance <= self.relative_bias_buckets // 2:
+            raise InputError(
+                "model.relative_bias_max_distance must be greater than half of relative_bias_buckets,"
+                f" {self.relative_bias_buckets // 2}, not {self.relative_bias_max_distance}"
+            )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(f"model.dropout_rate must be in [0, 1), not {self.dropout_rate}")
         for name in ("pad_id", "eos_id", "decoder_start_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                raise InputError(f"model.{name} must be in [0, vocab_size = {self.vocab_size})")
+                raise InputError(
+                    f"model.{name} must be in [0, vocab_size = {self.vocab_size}), not {getattr(self, name)}"
+                )
 
     def sharded_sizes(self) -> dict[str, int]:
         """Returns the sizes of the logical axes that a mesh may split, as the layers use them."""

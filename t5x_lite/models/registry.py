@@ -42,13 +42,13 @@ def build(config: TransformerConfig | str, dtype: Any = "float32", remat: str = 
     from t5x_lite.models.transformer import REMAT_POLICIES, Transformer
 
     config = preset(config) if isinstance(config, str) else config
-    dtype = jnp.dtype(dtype)
-    if dtype.name not in DTYPES:
-        raise InputError(f"dtype '{dtype.name}' is not supported, allowed: {', '.join(DTYPES)}")
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise InputError(f"dtype '{name}' is not supported, allowed: {', '.join(DTYPES)}{nearest(name, DTYPES)}")
     if remat not in REMAT_POLICIES:
         hint = nearest(remat, REMAT_POLICIES)
         raise InputError(f"remat '{remat}' is unknown, allowed: {', '.join(REMAT_POLICIES)}{hint}")
-    return Transformer(config, dtype=dtype, remat=remat)
+    return Transformer(config, dtype=jnp.dtype(name), remat=remat)
 
 
 def count_parameters(config: TransformerConfig | str) -> int:

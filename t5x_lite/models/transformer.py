@@ -312,7 +312,7 @@ def decoder_segments(batch: Batch, pad_id: int) -> jax.Array:
     """Returns the decoder's segment ids `[B, T]`; without any, pads at the end of the inputs are padding."""
     if "decoder_segment_ids" in batch:
         return batch["decoder_segment_ids"]
-    real = (batch["decoder_input_tokens"] != pad_id).astype(jnp.int32).at[:, 0].set(1)
+    real = (jnp.asarray(batch["decoder_input_tokens"]) != pad_id).astype(jnp.int32).at[:, 0].set(1)
     return jax.lax.cummax(real, axis=1, reverse=True)
 
 

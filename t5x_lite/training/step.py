@@ -100,7 +100,7 @@ def make_train_step(
             "z_loss": sums.z_loss / tokens,
             "accuracy": sums.correct / tokens,
             "target_tokens": sums.weight,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

@@ -198,7 +198,10 @@ def test_load_from_a_foreign_directory(tmp_path, plain_model):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match="is not valid JSON"):
         load_tokenizer(tmp_path)
-    for content, message in {"[]": "is not a JSON object", '{"extra_ids": "x"}': "extra_ids 'x' in .*an integer"}.items():
+    for content, message in {
+        "[]": "is not a JSON object",
+        '{"extra_ids": "x"}': "extra_ids 'x' in .*an integer",
+    }.items():
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(InputError, match=message):
             load_tokenizer(tmp_path)

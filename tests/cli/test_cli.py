@@ -1,0 +1,225 @@
+"""Commands as a user types them: what they print, and one line with exit status 2 for bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from t5x_lite.cli.main import COMMANDS, main
+
+
+@pytest.fixture
+def t5x(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process; returns status, stdout and stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        status = main([str(arg) for arg in argv])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def assert_refused(result: tuple[int, str, str], *words: str) -> None:
+    status, out, err = result
+    assert status == 2, err
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("t5x-lite: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_no_command_prints_help(t5x) -> None:
+    status, out, _ = t5x()
+    assert status == 0
+    for command in COMMANDS:
+        assert command in out
+
+
+def test_every_command_has_help(t5x, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"t5x-lite {command}" in capsys.readouterr().out
+
+
+def test_train_then_eval_then_generate(t5x, tiny_settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    status, text, err = t5x("train", *tiny_settings, f"out={out}", "--json")
+    assert status == 0, err
+    trained = json.loads(text)
+    assert trained["step"] == 12
+
+    status, text, _ = t5x("eval", out, "--json")
+    assert status == 0
+    evaluated = json.loads(text)
+    assert {"loss", "perplexity", "bits_per_byte", "accuracy", "target_tokens"} <= evaluated.keys()
+    assert json.loads((out / "eval" / "validation.json").read_text())["loss"] == evaluated["loss"]
+
+    texts = ["the cat <extra_id_0> the letters in winter.", "nobody sells <extra_id_0> at night."]
+    status, text, _ = t5x("generate", out, *texts, "--max-new-tokens", 6)
+    assert status == 0
+    assert len(text.splitlines()) == 2
+    status, objects, _ = t5x("generate", out / "checkpoints" / "12", *texts, "--max-new-tokens", 6, "--json")
+    rows = [json.loads(line) for line in objects.splitlines()]
+    assert [row["input"] for row in rows] == texts
+    assert [row["output"] for row in rows] == text.splitlines()
+
+
+def test_generate_reads_stdin(trained_run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "t5x_lite", "generate", str(trained_run), "--max-new-tokens", "4"],
+        input="the cat <extra_id_0>.\nmy neighbour <extra_id_0>.\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout.splitlines()) == 2
+    assert done.stderr == ""
+
+
+def test_config_show_names_every_origin(t5x, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: t5-base\ntrain:\n  steps: 7\n")
+    status, out, _ = t5x("config", "show", tmp_path / "run.yaml", "optimizer.learning_rate=0.5")
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert "= 7 " in lines["train.steps"]
+    assert "run.yaml" in lines["train.steps"]
+    assert "command line" in lines["optimizer.learning_rate"]
+    assert "preset t5-base" in lines["model.embed_dim"]
+    assert "default" in lines["mesh"]
+    assert len(lines) <= 80
+
+
+def test_data_show(t5x, tiny_settings: list[str], trained_run: Path) -> None:
+    status, out, _ = t5x("data", "show", trained_run, "--examples", 1)
+    assert status == 0
+    assert "<extra_id_0>" in out
+    assert "encoder sees" in out
+    assert "padding in the decoder's rows" in out
+    status, out, _ = t5x("data", "show", *tiny_settings, "out=nowhere", "--examples", 2, "--json")
+    assert status == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 2
+    assert len(rows[0]["encoder_input_tokens"]) == 32
+    assert not Path("nowhere").exists()
+
+
+def test_tokenizer_train_and_check(t5x, corpus_file: Path, tmp_path: Path) -> None:
+    model = tmp_path / "small.model"
+    status, out, err = t5x(
+        "tokenizer", "train", model, "--vocab-size", 300, f"data.path={corpus_file}", "--type", "bpe", "--json"
+    )
+    assert status == 0, err
+    assert json.loads(out) == {"model": str(model), "vocab_size": 300, "sentinels": 100}
+    status, out, _ = t5x("tokenizer", "check", model, f"data.path={corpus_file}", "--json")
+    assert status == 0
+    report = json.loads(out)
+    assert report["lines"] == 1500
+    assert report["unknown_rate"] == 0
+    assert report["round_trip_failures"] == 0
+
+
+def test_doctor(t5x) -> None:
+    status, out, _ = t5x("doctor", "--json")
+    report = json.loads(out)
+    assert report["problems"] == []
+    assert status == 0
+    assert report["devices"]["backend"] == "cpu"
+    assert "jax" in report["versions"]
+
+
+def test_doctor_names_what_is_missing(t5x, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t5x_lite.cli import doctor
+
+    monkeypatch.setattr(doctor, "PACKAGES", ("jax", "no-such-package"))
+    status, out, _ = t5x("doctor")
+    assert status == 1
+    assert "problem: package no-such-package is not installed: pip install no-such-package" in out
+
+
+# Bad input. Every case: one line on stderr, nothing on stdout, exit status 2.
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], ["unknown command 'trian'", "did you mean 'train'"]),
+        (["train", "train.step=5"], ["unknown configuration key 'train.step'", "did you mean 'train.steps'"]),
+        (["train", "train.steps=many"], ["train.steps='many'"]),
+        (["train", "model=t5-smal"], ["unknown model 't5-smal'", "did you mean 't5-small'"]),
+        (["train", "no.yaml"], ["no configuration file or run directory 'no.yaml'"]),
+        (["train", "data.path=no/such/*.txt"], ["no/such/*.txt"]),
+        (["train", "optimizer.name=adam"], ["optimizer.name='adam'", "'adafactor' or 'adamw'"]),
+        (["train", "mesh=date:8"], ["unknown axis 'date'", "did you mean 'data'"]),
+        (["train", "mesh=data:3"], ["covers 3 devices, but there are 8"]),
+        (["train", "model.dropout_rate=1.5"], ["model.dropout_rate", "1.5"]),
+        (["train", "--fast"], ["--fast", "--help"]),
+        (["tokenizer"], ["needs one of the words train, check"]),
+        (["data", "shwo"], ["not 'shwo'", "did you mean 'show'"]),
+        (["eval", "no-run"], ["no configuration file or run directory 'no-run'"]),
+        (["generate", "no-run", "text"], ["no-run is not a run directory"]),
+        (["tokenizer", "train", "no-dir/x.model"], ["no directory 'no-dir'"]),
+        (["tokenizer", "check", "no.model"], ["no.model"]),
+        (["demo", "model=t5-smal"], ["unknown model"]),
+    ],
+)
+def test_bad_input(t5x, argv: list[str], words: list[str]) -> None:
+    assert_refused(t5x(*argv), *words)
+
+
+def test_empty_corpus(t5x, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert_refused(t5x("train", f"data.path={tmp_path / 'empty.txt'}", f"out={tmp_path}/run"), "empty.txt")
+
+
+def test_more_spans_than_sentinels(t5x, tiny_settings: list[str], tmp_path: Path) -> None:
+    settings = [*tiny_settings, "tokenizer=bytes", "train.input_length=256", f"out={tmp_path}/run"]
+    assert_refused(t5x("train", *settings), "14", "11", "mean_span_length")
+
+
+def test_wrong_column_lists_the_columns_within_two_seconds(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    argv = ["train", f"data.path={tmp_path / 'pairs.jsonl'}", "data.objective=text_to_text", f"out={tmp_path}/run"]
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "t5x_lite", *argv], capture_output=True, text=True, check=False)
+    assert time.monotonic() - began < 2.0
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "column 'inputs' is not in" in done.stderr
+    assert "source, target" in done.stderr
+
+
+def test_a_corrupt_checkpoint_with_nothing_behind_it(t5x, tiny_settings, trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "params" / "manifest.ocdbt").write_bytes(b"?")
+    assert_refused(t5x("generate", run, "text"), "is damaged", "manifest.ocdbt has changed")
+    status, _, err = t5x("train", *tiny_settings, f"out={run}")
+    assert status == 2
+    assert "no readable checkpoint is left" in err.splitlines()[-1]
+
+
+def test_a_missing_checkpoint_lists_those_that_are_there(t5x, trained_run: Path) -> None:
+    assert_refused(t5x("generate", trained_run / "checkpoints" / "5", "text"), "no checkpoint", "8, 12")
+
+
+def test_an_unforeseen_failure_is_one_line_and_status_1(t5x, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t5x_lite.cli import doctor
+
+    def fail() -> None:
+        raise RuntimeError("the cat sat\non the keyboard")
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    status, _, err = t5x("doctor")
+    assert status == 1
+    assert err == "t5x-lite: RuntimeError: the cat sat on the keyboard (--traceback shows where)\n"
+    with pytest.raises(RuntimeError):
+        main(["doctor", "--traceback"])

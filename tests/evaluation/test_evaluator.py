@@ -1,0 +1,54 @@
+"""The evaluator: token-weighted, padding left out, bytes counted on the text."""
+
+import math
+
+import numpy as np
+import pytest
+
+from t5x_lite import sharding
+from t5x_lite.data.objectives import SpanCorruption
+from t5x_lite.data.pipeline import span_corruption_dataset, text_to_text_dataset
+from t5x_lite.data.tokenizers import ByteTokenizer
+from t5x_lite.errors import InputError
+from t5x_lite.evaluation.evaluator import evaluate, target_texts
+from t5x_lite.training.losses import LossSums
+
+
+def eval_step(params: float, batch) -> LossSums:
+    """A model that pays `params` nats for every target token and gets the first of each row right."""
+    weight = float(batch["decoder_loss_weights"].sum())
+    correct = float((batch["decoder_loss_weights"].sum(axis=1) > 0).sum())
+    return LossSums(params * weight, 0.0, correct, weight)  # type: ignore[arg-type]
+
+
+def test_totals_over_batches_and_padded_rows() -> None:
+    pairs = [("a", "xy"), ("b", "é"), ("c", "z")]
+    dataset = text_to_text_dataset(pairs, ByteTokenizer(), 8, 8, batch_size=2, seed=0)
+    mesh = sharding.make_mesh("data:1", sharding.jax.devices()[:1])
+    metrics = evaluate(eval_step, 2.0, dataset.eval_batches(), ByteTokenizer(), mesh)
+    tokens = 3 + 3 + 2  # bytes and EOS of every target
+    assert metrics["target_tokens"] == tokens
+    assert metrics["loss"] == pytest.approx(2.0)
+    assert metrics["perplexity"] == pytest.approx(math.exp(2.0))
+    assert metrics["accuracy"] == pytest.approx(3 / tokens)
+    assert metrics["bits_per_byte"] == pytest.approx(2.0 * tokens / math.log(2) / 5)
+    first = evaluate(eval_step, 2.0, dataset.eval_batches(), ByteTokenizer(), mesh, limit=1)
+    assert first["target_tokens"] == 6
+
+
+def test_sentinels_are_no_text() -> None:
+    text = "abcdefghijklmnopqrstuvwxyz0123456789"
+    dataset = span_corruption_dataset([text], ByteTokenizer(), SpanCorruption(), 32, None, 1, 0)
+    batch = next(iter(dataset.eval_batches()))
+    (with_sentinels,) = target_texts(batch, ByteTokenizer())
+    (without,) = target_texts(batch, ByteTokenizer(), sentinels=False)
+    assert "<extra_id_0>" in with_sentinels
+    assert set(without) <= set(text)
+    assert len(without) == round(len(text) * 0.15)
+    assert np.sum(batch["decoder_loss_weights"]) > len(without)
+
+
+def test_nothing_to_evaluate_is_an_error() -> None:
+    mesh = sharding.make_mesh("data:1", sharding.jax.devices()[:1])
+    with pytest.raises(InputError, match="no examples to evaluate"):
+        evaluate(eval_step, 1.0, [], ByteTokenizer(), mesh)

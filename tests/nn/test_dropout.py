@@ -1,0 +1,42 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_lite.nn.dropout import Dropout
+
+
+def drop(x: jax.Array, rate: float, seed: int = 0, **attributes) -> jax.Array:
+    return Dropout(rate, **attributes).apply({}, x, enabled=True, rngs={"dropout": jax.random.key(seed)})
+
+
+@pytest.mark.parametrize(("rate", "enabled"), [(0.5, False), (0.0, True), (0.0, False)])
+def test_is_the_identity_and_needs_no_key(rate: float, enabled: bool) -> None:
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    np.testing.assert_array_equal(Dropout(rate).apply({}, x, enabled=enabled), x)
+
+
+def test_mask_is_shared_along_the_length_and_nothing_else() -> None:
+    dropped = np.asarray(drop(jnp.ones((16, 9, 32)), 0.5))
+    np.testing.assert_array_equal(dropped, np.broadcast_to(dropped[:, :1], dropped.shape))
+    assert len(np.unique(dropped[:, 0], axis=0)) == 16  # every example has a mask of its own
+    assert len(np.unique(dropped[:, 0], axis=1).T) == 32  # and so has every feature
+
+
+def test_keeps_the_mean_and_drops_at_the_rate() -> None:
+    rate = 0.1
+    dropped = np.asarray(drop(jnp.ones((400, 1, 400)), rate))
+    # 160,000 draws: a standard error of 0.00075 for the rate, five of them here.
+    assert abs(np.mean(dropped == 0) - rate) < 0.004
+    assert abs(np.mean(dropped) - 1) < 0.005
+    np.testing.assert_allclose(dropped[dropped != 0], 1 / (1 - rate), rtol=1e-6)
+
+
+def test_keys_decide() -> None:
+    x = jnp.ones((4, 1, 64))
+    np.testing.assert_array_equal(drop(x, 0.5, seed=3), drop(x, 0.5, seed=3))
+    assert np.any(drop(x, 0.5, seed=3) != drop(x, 0.5, seed=4))
+
+
+def test_keeps_bfloat16() -> None:
+    assert drop(jnp.ones((2, 3, 4), jnp.bfloat16), 0.5).dtype == jnp.bfloat16

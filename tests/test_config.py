@@ -1,0 +1,71 @@
+"""The configuration tree: precedence, origins, round trip, errors."""
+
+from pathlib import Path
+
+import pytest
+
+from t5x_lite.config import RunConfig, flatten, resolve, save
+from t5x_lite.errors import InputError
+from t5x_lite.models import preset
+
+
+def test_defaults_are_a_valid_run() -> None:
+    assert resolve().config == RunConfig()
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {preset: t5-base, dropout_rate: 0.0}\ntrain: {steps: 5, batch_size: 4}\nmesh: data:2\n")
+    resolved = resolve(path, ["train.steps=6", "optimizer.warmup_steps=null"])
+    assert resolved.config.model.embed_dim == preset("t5-base").embed_dim
+    assert resolved.config.model.dropout_rate == 0.0
+    assert resolved.config.train.steps == 6
+    assert resolved.config.train.batch_size == 4
+    assert resolved.config.optimizer.warmup_steps is None
+    assert resolved.origins["train.steps"] == "command line"
+    assert resolved.origins["train.batch_size"] == str(path)
+    assert resolved.origins["model.mlp_dim"] == "preset t5-base"
+    assert resolved.origins["train.seed"] == "default"
+
+
+def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    settings = ["model=umt5-small", "optimizer.learning_rate=3e-4", "data.prefix=yes: ", "fit_vocabulary=false"]
+    config = resolve(None, settings).config
+    save(config, tmp_path / "config.yaml")
+    assert resolve(tmp_path / "config.yaml").config == config
+    save(resolve(tmp_path / "config.yaml").config, tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "config.yaml").read_bytes()
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("optimizer: {learning_rate: 1e-3}\n")
+    assert resolve(tmp_path / "run.yaml").config.optimizer.learning_rate == 1e-3
+
+
+def test_giving_the_vocabulary_size_fixes_it() -> None:
+    assert resolve().config.fit_vocabulary
+    assert not resolve(None, ["model.vocab_size=512"]).config.fit_vocabulary
+
+
+def test_at_most_eighty_keys() -> None:
+    assert len(flatten(RunConfig())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [1, 2]\n", "train"),
+        ("- a\n", "must be a mapping"),
+        ("a: b: c\n", "is not YAML"),
+        ("trian: {steps: 3}\n", "unknown configuration key 'trian.steps'.*did you mean 'train.steps'"),
+        ("train: {steps: 3.5}\n", "train.steps='3.5'"),
+        ("train: {batch_size: 6, microbatches: 4}\n", "train.microbatches 4 does not divide train.batch_size 6"),
+        ("model: {activation: swish}\n", "model.activation='swish'"),
+        ("model: {embed_dim: 0}\n", "model.embed_dim must be at least 1, not 0"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        resolve(tmp_path / "run.yaml")
+    assert "\n" not in str(caught.value)

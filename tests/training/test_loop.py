@@ -1,0 +1,236 @@
+"""A run as a whole: it learns, it resumes exactly, and it refuses what it cannot do."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite.config import resolve
+from t5x_lite.errors import InputError
+from t5x_lite.training import loop
+from t5x_lite.training.checkpoints import complete_steps
+from t5x_lite.training.loop import Observer, train
+from t5x_lite.training.monitor import MetricsLog, read_metrics
+
+
+class Notes(Observer):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(out) if "split" not in record}
+
+
+def test_leaves_a_run_directory_that_describes_itself(trained_run: Path, tiny_settings: list[str]) -> None:
+    assert complete_steps(trained_run / "checkpoints")[-1] == 12
+    assert (trained_run / "tokenizer" / "spiece.model").exists()
+    assert list((trained_run / "tensorboard").glob("events.*"))
+    config = resolve(trained_run / "config.yaml").config
+    assert config.model.vocab_size == 384  # as the tokenizer's, which is a multiple of 128
+    assert config.train.steps == 12
+    records = read_metrics(trained_run)
+    steps = [record for record in records if "split" not in record]
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert {"loss", "z_loss", "accuracy", "gradient_norm", "learning_rate", "tokens_per_second"} <= steps[0].keys()
+    evaluations = [record for record in records if record.get("split") == "validation"]
+    assert [record["step"] for record in evaluations] == [4, 8, 12]
+    assert {"loss", "perplexity", "bits_per_byte", "accuracy"} <= evaluations[0].keys()
+    # A dozen steps already teach where sentinels stand: well below the loss of a fresh model, about ln 384 + 0.5.
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1.0
+
+
+def test_announces_mesh_and_bytes_per_device(tiny_settings: list[str], trained_run: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    out = shutil.copytree(trained_run, tmp_path / "run")
+    train(resolve(None, [*tiny_settings, f"out={out}", "mesh=data:2,model:4", "train.steps=13"]).config, notes)
+    text = "\n".join(notes.notes)
+    assert "mesh data:2,model:4: 8 device(s)" in text
+    assert "each device holds" in text
+    assert "of optimizer state" in text
+    assert "continuing" in text
+
+
+def test_a_longer_run_continues_as_if_it_had_never_stopped(tiny_settings: list[str], tmp_path: Path) -> None:
+    def run(name: str, *settings: str) -> loop.TrainResult:
+        return train(resolve(None, [*tiny_settings, f"out={tmp_path / name}", *settings]).config)
+
+    whole = run("whole", "train.steps=10", "train.eval_every=0")
+    run("parts", "train.steps=6", "train.eval_every=0")
+    parts = run("parts", "train.steps=10", "train.eval_every=0")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(parts.state), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def start(settings: list[str], out: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "t5x_lite", "train", *settings, f"out={out}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill_after_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    """Kills with SIGKILL as soon as metrics.jsonl has this step, unless the run is quicker."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and f'"step": {step},' in (out / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_runs_resume_to_a_bitwise_equal_loss_trace(kills: int, tiny_settings: list[str], tmp_path: Path) -> None:
+    settings = [*tiny_settings, "train.steps=40", "train.checkpoint_every=3", "train.eval_every=0"]
+    reference, out = tmp_path / "reference", tmp_path / "killed"
+    process = start(settings, reference)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+
+    rng = random.Random(kills)
+    for step in sorted(rng.sample(range(2, 40), kills)):
+        kill_after_step(start(settings, out), out, step)
+        # What the killed process had logged came from the same computation, step by step.
+        logged = (out / "metrics.jsonl").read_text().splitlines()
+        assert logged
+    process = start(settings, out)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert losses(out) == losses(reference)
+    assert sorted(losses(out)) == list(range(1, 41))
+
+
+def test_resumes_from_the_last_good_checkpoint_and_says_so(
+    tiny_settings: list[str], trained_run: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(trained_run, tmp_path / "run")
+    victim = max((out / "checkpoints" / "12" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    notes = Notes()
+    train(resolve(None, [*tiny_settings, f"out={out}"]).config, notes)
+    text = "\n".join(notes.notes)
+    assert "12 is damaged" in text
+    assert "from step 8" in text
+    assert losses(out) == losses(trained_run)
+
+
+def test_another_configuration_does_not_touch_a_run(tiny_settings: list[str], trained_run: Path) -> None:
+    before = (trained_run / "config.yaml").read_text()
+    for change, named in (
+        ("model.mlp_dim=32", "model.mlp_dim=64, not 32"),
+        ("train.seed=1", "train.seed=0, not 1"),
+        ("optimizer.learning_rate=0.5", "optimizer.learning_rate=1.0, not 0.5"),
+        ("data.noise_density=0.3", "data.noise_density=0.15, not 0.3"),
+    ):
+        with pytest.raises(InputError, match=named):
+            train(resolve(None, [*tiny_settings, f"out={trained_run}", change]).config)
+    assert (trained_run / "config.yaml").read_text() == before
+
+
+def test_fine_tunes_from_a_run(trained_run: Path, tmp_path: Path) -> None:
+    rows = [{"src": f"the cat reads {n}", "tgt": "yes" if n % 2 else "no"} for n in range(64)]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = [
+        f"init_from={trained_run}",
+        f"data.path={tmp_path / 'task.jsonl'}",
+        "data.objective=text_to_text",
+        "data.inputs=src",
+        "data.targets=tgt",
+        "data.eval_fraction=0.2",
+        "train.steps=2",
+        "train.batch_size=8",
+        "train.input_length=32",
+        "train.target_length=8",
+        "optimizer.schedule=constant",
+        "optimizer.learning_rate=0",
+        f"out={tmp_path / 'tuned'}",
+    ]
+    result = train(resolve(None, settings).config)
+    from t5x_lite import load
+
+    # At learning rate 0 the parameters are those of the run it started from.
+    origin = load(trained_run)
+    for a, b in zip(jax.tree.leaves(result.state.params), jax.tree.leaves(origin.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert result.config.model.vocab_size == origin.config.vocab_size
+    assert result.config.model.embed_dim == 32  # the checkpoint's, not t5-small's
+
+
+def test_a_tokenizer_of_another_size_is_refused(trained_run: Path, corpus_file: Path, tmp_path: Path) -> None:
+    settings = [f"init_from={trained_run}", "tokenizer=bytes", f"data.path={corpus_file}", f"out={tmp_path / 'x'}"]
+    with pytest.raises(InputError, match=r"tokenizer 'bytes' has 259 tokens, but .* trained with 384"):
+        train(resolve(None, [*settings, "train.batch_size=8"]).config)
+    # The refusal leaves nothing behind that a corrected command would stumble over.
+    assert not (tmp_path / "x" / "tokenizer").exists()
+
+
+def test_a_model_too_small_for_the_tokenizer_is_refused(tiny_settings: list[str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the tokenizer has 384 tokens, but the model has embeddings for 128"):
+        train(resolve(None, [*tiny_settings, "model.vocab_size=128", f"out={tmp_path}"]).config)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_data_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"axis 'batch' of size 6 .* 'data x fsdp' of size 8.*train.batch_size 12"):
+        train(resolve(None, ["train.batch_size=12", "train.microbatches=2", f"out={tmp_path}"]).config)
+
+
+def test_heads_that_do_not_divide_are_refused(tiny_settings: list[str], tmp_path: Path) -> None:
+    settings = [*tiny_settings, "model.num_heads=6", "mesh=data:2,model:4", f"out={tmp_path}"]
+    with pytest.raises(InputError, match="axis 'heads' of size 6 does not divide over mesh axis 'model' of size 4"):
+        train(resolve(None, settings).config)
+
+
+def test_stops_at_a_loss_that_is_not_finite(tiny_settings: list[str], tmp_path: Path, monkeypatch) -> None:
+    make_train_step = loop.make_train_step
+
+    def poisoned(*args, **kwargs):
+        step = make_train_step(*args, **kwargs)
+
+        def call(state, batch):
+            state, metrics = step(state, batch)
+            if int(state.step) == 6:
+                metrics = {**metrics, "loss": metrics["loss"] * float("nan")}
+            return state, metrics
+
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 6: the loss is nan .* last checkpoint is of step 4"):
+        train(resolve(None, [*tiny_settings, f"out={tmp_path}"]).config)
+    assert complete_steps(tmp_path / "checkpoints") == [4]
+
+
+def test_metrics_log_drops_what_will_be_run_again(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a crash
+    log = MetricsLog(tmp_path, 3)
+    log.write({"step": 4, "loss": 4.5})
+    log.close()
+    assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
+
+
+def test_library_users_construct_the_configuration(corpus_file: Path, tmp_path: Path, tiny_settings: list[str]) -> None:
+    config = resolve(None, tiny_settings).config
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1), out=str(tmp_path))
+    assert int(train(config).state.step) == 1
