@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from t5x_lite.errors import InputError, nearest
 from t5x_lite.models.config import TransformerConfig
-from t5x_lite.models.registry import PRESETS, preset
+from t5x_lite.models.registry import preset
 
 DEFAULT_MODEL = "t5-small"
 
@@ -56,7 +56,8 @@ class TrainConfig:
       batch_size: examples in a global batch.
       microbatches: parts a batch is split into, to save memory; the gradients are the same.
       input_length: encoder tokens.
-      target_length: decoder tokens; 0: what the objective needs for `input_length`.
+      target_length: decoder tokens; 0: what span corruption needs for `input_length`, or as many as that in
+        text_to_text.
       seed: of initial parameters, data order and dropout.
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between evaluations on held-out data; 0: only at the end.
@@ -142,7 +143,8 @@ class RunConfig:
       train: how long.
       optimizer: how.
       mesh: such as `data:4,model:2`; empty: all devices along `data`.
-      init_from: run directory or checkpoint whose parameters to start from.
+      init_from: run directory or checkpoint whose parameters to start from. On the command line its model is the
+        default for `model.*`.
       out: the run directory. If it holds checkpoints, the run continues from the latest.
     """
 
@@ -167,7 +169,9 @@ class Resolved:
 
 
 def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Resolved:
-    """Fills the configuration: defaults, then the model preset, then the YAML file, then `key=value` overrides.
+    """Fills the configuration: defaults, then the model, then the YAML file, then `key=value` overrides.
+
+    The model is the preset that `model` names, else that of the run `init_from`, else t5-small.
 
     Args:
       path: a YAML file, nested as the dataclasses are; `model` may be a preset's name, or a mapping with `preset`.
@@ -188,10 +192,9 @@ def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Re
             key = "model"
         given[key] = (None if value == "null" else value, "command line")
 
-    name = given.pop("model", (DEFAULT_MODEL, "default"))
-    values = flatten(RunConfig(model=preset(str(name[0]))))
-    origins = dict.fromkeys(values, "default")
-    origins.update({key: f"preset {name[0]}" for key in values if key.startswith("model.")})
+    model, model_origin = _base_model(given)
+    values = flatten(RunConfig(model=model))
+    origins = {key: model_origin if key.startswith("model.") else "default" for key in values}
     unknown = [key for key in given if key not in values]
     if unknown:
         where = given[unknown[0]][1]
@@ -204,6 +207,25 @@ def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Re
     if "model.vocab_size" in given and "fit_vocabulary" not in given:
         values["fit_vocabulary"], origins["fit_vocabulary"] = False, "model.vocab_size is given"
     return Resolved(validate(values), origins)
+
+
+def _base_model(given: dict[str, tuple[Any, str]]) -> tuple[TransformerConfig, str]:
+    origin = str(given["init_from"][0] or "") if "init_from" in given else ""
+    # A saved configuration names every field: it must not need the run it once started from.
+    complete = all(f"model.{item.name}" in given for item in fields(TransformerConfig))
+    if "model" in given or not origin or complete:
+        name = str(given.pop("model", (DEFAULT_MODEL, ""))[0])
+        return preset(name), f"preset {name}"
+    path = run_directory(origin) / "config.yaml"
+    if not path.exists():
+        raise InputError(f"init_from={origin} is not a run directory or a checkpoint in one: there is no {path}")
+    return resolve(path).config.model, f"init_from={origin}"
+
+
+def run_directory(path: str | Path) -> Path:
+    """Returns the run directory that `path` is, or that the checkpoint `path` is in."""
+    path = Path(path)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
@@ -281,8 +303,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _at_least(name: str, value: float, minimum: float) -> None:
     if not value >= minimum:
         raise InputError(f"{name} must be at least {minimum}, not {value}")
-
-
-def preset_names() -> list[str]:
-    """Returns the names that `model=` takes."""
-    return list(PRESETS)

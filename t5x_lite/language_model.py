@@ -1,5 +1,6 @@
 """The friendly face: a model, its parameters and its tokenizer in one object."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from jax.sharding import Mesh
 from t5x_lite import config as configuration
 from t5x_lite import sharding
 from t5x_lite.data.pipeline import encoder_decoder_batch
-from t5x_lite.data.recipe import run_directory
 from t5x_lite.data.tokenizers import Tokenizer, load_tokenizer
 from t5x_lite.decoding.generate import Generated, GenerationConfig, generate
 from t5x_lite.errors import InputError
@@ -147,10 +147,12 @@ def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = Non
       dtype: of computation and parameters, float32 or bfloat16.
       mesh: a mesh or its description, such as `model:8`; by default one device.
 
+    A damaged checkpoint is passed over for the one before, with a warning that names it.
+
     Raises:
       InputError: nothing there that can be loaded.
     """
-    run = run_directory(path)
+    run = configuration.run_directory(path)
     if not (run / "config.yaml").exists():
         raise InputError(f"{path} is not a run directory: it has no config.yaml")
     model = build(configuration.resolve(run / "config.yaml").config.model, dtype)
@@ -160,7 +162,9 @@ def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = Non
     shapes = model.param_shapes()
     layouts = sharding.tree_shardings(mesh, model.logical_axes(), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s), shapes, layouts)
-    params, _ = load_params(path, abstract)
+    params, notes = load_params(path, abstract)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     tokenizer = load_tokenizer(run / "tokenizer") if (run / "tokenizer").exists() else None
     return LanguageModel(model, params, tokenizer, mesh)
 

@@ -1,5 +1,6 @@
 """The configuration tree: precedence, origins, round trip, errors."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,20 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     assert resolve(tmp_path / "config.yaml").config == config
     save(resolve(tmp_path / "config.yaml").config, tmp_path / "again.yaml")
     assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "config.yaml").read_bytes()
+
+
+def test_the_model_of_init_from_is_the_default(tmp_path: Path) -> None:
+    origin, tuned = tmp_path / "origin", tmp_path / "tuned"
+    save(resolve(None, ["model=t5-v1.1-small", "model.embed_dim=96"]).config, origin / "config.yaml")
+    resolved = resolve(None, [f"init_from={origin}", "model.dropout_rate=0.3"])
+    assert resolved.config.model.embed_dim == 96
+    assert resolved.config.model.dropout_rate == 0.3
+    assert resolved.origins["model.embed_dim"] == f"init_from={origin}"
+    save(resolved.config, tuned / "config.yaml")
+    shutil.rmtree(origin)
+    assert resolve(tuned / "config.yaml").config == resolved.config
+    with pytest.raises(InputError, match=r"init_from=.* is not a run directory"):
+        resolve(None, [f"init_from={origin}"])
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:

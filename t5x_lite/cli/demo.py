@@ -34,11 +34,13 @@ PRETRAIN = (
     *MODEL,
     "model.dropout_rate=0",
     "tokenizer=unigram:2048",
-    "train.steps=300",
+    "train.steps=600",
     "train.batch_size=16",
-    "train.input_length=128",
-    "train.checkpoint_every=150",
-    "optimizer.warmup_steps=400",
+    "train.input_length=64",
+    "train.checkpoint_every=300",
+    "optimizer.schedule=linear",
+    "optimizer.learning_rate=0.05",
+    "optimizer.warmup_steps=20",
 )
 FINETUNE = (
     *MODEL,
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo; status 1 if the model does not clearly beat both baselines."""
+    """Runs the demo; status 1 if a model does not clearly beat its baseline or is not the same after loading."""
     from t5x_lite.cli.display import show
 
     if args.out and Path(args.out).exists():
@@ -80,13 +82,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(*reports, sep="\n")
     show(results, args.json)
-    beaten = (
+    good = (
         results["heldout_loss"] <= results["unigram_entropy"] - LOSS_MARGIN
         and results["topic_accuracy"] >= results["majority_accuracy"] + ACCURACY_MARGIN
+        and results["reloaded_equals_trained"]
     )
     if not args.json:
-        print("both baselines are clearly beaten" if beaten else "a baseline is not clearly beaten")
-    return 0 if beaten else 1
+        print("both baselines are clearly beaten" if good else "not clearly better than both baselines")
+    return 0 if good else 1
 
 
 def demonstrate(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
@@ -96,7 +99,6 @@ def demonstrate(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     from t5x_lite.language_model import load
 
     pretrained = _train("pre-training", resolve(None, [*PRETRAIN, *overrides, f"out={out / 'pretrained'}"]).config)
-    unigram = _heldout_unigram_entropy(pretrained)
 
     files, validation = _write_topics(out / "topics")
     settings = [*FINETUNE, *files, f"init_from={out / 'pretrained'}", f"out={out / 'finetuned'}"]
@@ -107,7 +109,7 @@ def demonstrate(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     reports = [*_fill_spans(load(out / "pretrained")), *_name_topics(lm, validation)]
     return {
         "heldout_loss": pretrained.metrics["loss"],
-        "unigram_entropy": unigram,
+        "unigram_entropy": pretrained.metrics["unigram_entropy"],
         "bits_per_byte": pretrained.metrics["bits_per_byte"],
         "topic_accuracy": accuracy,
         "majority_accuracy": majority_baseline([target for _, target in validation]),
@@ -121,24 +123,6 @@ def _train(name: str, config: RunConfig) -> "TrainResult":
 
     with ProgressObserver(name) as observer:
         return train(config, observer)
-
-
-def _heldout_unigram_entropy(result: "TrainResult") -> float:
-    # The entropy of the held-out targets themselves: no unigram model can do better on them, whatever it was fitted to.
-    import itertools
-
-    import numpy as np
-
-    from t5x_lite.data import recipe
-    from t5x_lite.data.tasks import unigram_entropy
-
-    config = result.config
-    _, validation = recipe.datasets(recipe.read(config.data), config.data, config.train, result.tokenizer)
-    counts = np.zeros(result.tokenizer.vocab_size, np.int64)
-    for batch in itertools.islice(validation.eval_batches(), config.train.eval_batches or None):
-        real = batch["decoder_loss_weights"] > 0
-        counts += np.bincount(batch["decoder_target_tokens"][real], minlength=len(counts))
-    return unigram_entropy(counts)
 
 
 def _write_topics(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:

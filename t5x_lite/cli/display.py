@@ -60,7 +60,7 @@ class ProgressObserver(Observer):
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def step(self, record: Mapping[str, Any], last: int) -> None:
         """Moves the bar, or prints a line if the last is a while ago."""

@@ -25,7 +25,6 @@ PACKAGES = (
     "tokenizers",
     "tensorboardX",
     "pyarrow",
-    "zstandard",
 )
 
 

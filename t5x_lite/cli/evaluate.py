@@ -17,18 +17,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the metrics and keeps them in the run's `eval/`."""
-    config = read_settings(args.settings).config
+    resolved = read_settings(args.settings)
+    config = resolved.config
     recipe.check(config.data)
 
     from t5x_lite.cli.display import show
     from t5x_lite.evaluation.evaluator import evaluate, generation_metrics
     from t5x_lite.language_model import load
-    from t5x_lite.sharding import make_mesh
+    from t5x_lite.sharding import check_divides, make_mesh
     from t5x_lite.training.step import make_eval_step
 
     first = args.settings[0]
     checkpoint = first if "=" not in first and Path(first).is_dir() else config.out
-    lm = load(checkpoint, config.train.dtype, make_mesh(config.mesh))
+    # Not the mesh of the training: the run may have moved to another machine since.
+    mesh = make_mesh(config.mesh if resolved.origins["mesh"] == "command line" else "")
+    check_divides(mesh, {"batch": config.train.batch_size})
+    lm = load(checkpoint, config.train.dtype, mesh)
     records = recipe.read(config.data)
     tokenizer = lm.require_tokenizer()
     train, validation = recipe.datasets(records, config.data, config.train, tokenizer)

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from t5x_lite import __version__
 from t5x_lite.errors import InputError, nearest
@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _print_warning(message: Warning | str, *details: Any) -> None:
+    print(f"t5x-lite: {message}", file=sys.stderr)
+
+
 def _run(argv: list[str]) -> int:
     parser = _Parser(
         prog="t5x-lite",
@@ -96,4 +100,5 @@ def _run(argv: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore", module="(jax|orbax|tensorboardX|flax)")
+    warnings.showwarning = _print_warning
     return module.run(command.parse_intermixed_args(rest))

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from t5x_lite.config import Resolved, resolve
-from t5x_lite.data.recipe import run_directory
+from t5x_lite.config import Resolved, resolve, run_directory
 from t5x_lite.errors import InputError
 
 

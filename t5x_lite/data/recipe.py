@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5x_lite.config import DataConfig, RunConfig, TrainConfig
+from t5x_lite.config import DataConfig, RunConfig, TrainConfig, run_directory
 from t5x_lite.data.objectives import SpanCorruption
 from t5x_lite.data.pipeline import Dataset, hold_out, span_corruption_dataset, text_to_text_dataset
 from t5x_lite.data.sources import check_columns, read_records
@@ -144,12 +144,6 @@ def run_tokenizer(config: RunConfig, texts: Iterable[str]) -> Tokenizer:
             f" {theirs}; leave tokenizer= out to use that one"
         )
     return tokenizer
-
-
-def run_directory(path: str | Path) -> Path:
-    """Returns the run directory that `path` is, or that the checkpoint `path` is in."""
-    path = Path(path)
-    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def _blocks(texts: Sequence[str]) -> list[tuple[str, ...]]:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5x_lite import sharding
+from t5x_lite.data.tasks import unigram_entropy
 from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.metrics import bits_per_byte, exact_match, perplexity
@@ -32,24 +33,29 @@ def evaluate(
       limit: batches to read; 0: all.
 
     Returns:
-      `loss` (nats per real target token), `perplexity`, `bits_per_byte` (of the target text, without sentinels and
-      EOS), `accuracy` (share of target tokens that are the most likely one given those before) and `target_tokens`.
+      `loss` (nats per real target token), `unigram_entropy` (the least loss that a model without any context could
+      have on these very tokens), `perplexity`, `bits_per_byte` (of the target text, without sentinels and EOS),
+      `accuracy` (share of target tokens that are the most likely one given those before) and `target_tokens`.
 
     Raises:
       InputError: there is nothing to evaluate.
     """
     nats = correct = tokens = 0.0
     num_bytes = 0
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
     for batch in itertools.islice(batches, limit or None):
         sums = eval_step(params, sharding.put_batch(mesh, batch))
         nats += float(sums.cross_entropy)
         correct += float(sums.correct)
         tokens += float(sums.weight)
+        real = batch["decoder_loss_weights"] > 0
+        counts += np.bincount(batch["decoder_target_tokens"][real], minlength=len(counts))
         num_bytes += sum(len(text.encode()) for text in target_texts(batch, tokenizer, sentinels=False))
     if not tokens:
         raise InputError("there are no examples to evaluate")
     return {
         "loss": nats / tokens,
+        "unigram_entropy": unigram_entropy(counts),
         "perplexity": perplexity(nats / tokens),
         "bits_per_byte": bits_per_byte(nats, num_bytes) if num_bytes else float("nan"),
         "accuracy": correct / tokens,

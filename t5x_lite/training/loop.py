@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,6 @@ from t5x_lite.training.step import make_eval_step, make_train_step
 MAY_CHANGE = (
     "mesh",
     "out",
-    "init_from",
-    "tokenizer",
-    "extra_ids",
     "fit_vocabulary",
     "data.split",
     "train.steps",
@@ -118,7 +116,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
     checkpointer = Checkpointer(out / "checkpoints", config.train.keep_checkpoints)
     try:
         state = _first_state(config, model, tx, mesh, checkpointer, observer)
-        _announce(config, model, mesh, state, dataset, observer)
+        _announce(config, model, mesh, state, dataset, tokenizer, observer)
         log = MetricsLog(out, int(state.step))
         try:
             run = _Run(config, model, tx, schedule, mesh, tokenizer, validation, checkpointer, log, observer)
@@ -131,17 +129,13 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Returns the configuration with a model that fits the tokenizer and, with `init_from`, that checkpoint.
+    """Returns the configuration with a model that fits the tokenizer; with `init_from` it must fit as it is.
 
     Raises:
       InputError: the model has fewer embeddings than the tokenizer has tokens.
     """
     model = config.model
-    if config.init_from:
-        theirs = configuration.resolve(recipe.run_directory(config.init_from) / "config.yaml").config.model
-        # Dropout is a property of the training, not of the checkpoint.
-        model = dataclasses.replace(theirs, dropout_rate=model.dropout_rate)
-    elif config.fit_vocabulary:
+    if config.fit_vocabulary and not config.init_from:
         model = dataclasses.replace(model, vocab_size=-(-tokenizer.vocab_size // 128) * 128)
     if model.vocab_size < tokenizer.vocab_size:
         where = f"the checkpoint {config.init_from}" if config.init_from else "the model"
@@ -185,7 +179,8 @@ class _Run:
         metrics: Mapping[str, float] = {}
         pending: tuple[int, Any, int] | None = None
         done = int(state.step)
-        for index, batch in prefetch(dataset.batch, done, cfg.steps):
+        rows = partial(dataset.batch, process_index=jax.process_index(), process_count=jax.process_count())
+        for index, batch in prefetch(rows, done, cfg.steps):
             tokens = int(np.sum(batch["encoder_segment_ids"] > 0) + np.sum(batch["decoder_segment_ids"] > 0))
             state, step_metrics = train_step(state, sharding.put_batch(self.mesh, batch))
             # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
@@ -223,7 +218,7 @@ class _Run:
             self.log.write(record)
 
     def _evaluate(self, state: TrainState, step: int, log: bool = True) -> Mapping[str, float]:
-        batches = self.validation.eval_batches()
+        batches = self.validation.eval_batches(jax.process_index(), jax.process_count())
         metrics = evaluate(
             self.eval_step, state.params, batches, self.tokenizer, self.mesh, self.config.train.eval_batches
         )
@@ -288,7 +283,13 @@ def _first_state(
 
 
 def _announce(
-    config: RunConfig, model: Transformer, mesh: Mesh, state: TrainState, dataset: Dataset, observer: Observer
+    config: RunConfig,
+    model: Transformer,
+    mesh: Mesh,
+    state: TrainState,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    observer: Observer,
 ) -> None:
     count = sum(x.size for x in jax.tree.leaves(state.params))
     params, opt = sharding.bytes_per_device(state.params), sharding.bytes_per_device(state.opt_state)
@@ -300,5 +301,5 @@ def _announce(
     )
     observer.note(
         f"{dataset.num_examples:,} training examples of {dataset.input_length} + {dataset.target_length} tokens;"
-        f" vocabulary {model.config.vocab_size:,}"
+        f" {tokenizer.vocab_size:,} tokens in the vocabulary, {model.config.vocab_size:,} rows in the embedding"
     )

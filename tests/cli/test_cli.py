@@ -207,6 +207,16 @@ def test_a_corrupt_checkpoint_with_nothing_behind_it(t5x, tiny_settings, trained
     assert "no readable checkpoint is left" in err.splitlines()[-1]
 
 
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(t5x, trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "checkpoints" / "12" / "params" / "manifest.ocdbt").write_bytes(b"?")
+    status, out, err = t5x("generate", run, "the cat <extra_id_0>", "--max-new-tokens", 4)
+    assert status == 0
+    assert len(out.splitlines()) == 1
+    assert "12 is damaged" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_a_missing_checkpoint_lists_those_that_are_there(t5x, trained_run: Path) -> None:
     assert_refused(t5x("generate", trained_run / "checkpoints" / "5", "text"), "no checkpoint", "8, 12")
 

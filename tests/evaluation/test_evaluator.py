@@ -31,6 +31,8 @@ def test_totals_over_batches_and_padded_rows() -> None:
     assert metrics["loss"] == pytest.approx(2.0)
     assert metrics["perplexity"] == pytest.approx(math.exp(2.0))
     assert metrics["accuracy"] == pytest.approx(3 / tokens)
+    # Of the 8 target tokens 3 are EOS, and the 5 bytes are all different.
+    assert metrics["unigram_entropy"] == pytest.approx(3 / 8 * math.log(8 / 3) + 5 / 8 * math.log(8))
     assert metrics["bits_per_byte"] == pytest.approx(2.0 * tokens / math.log(2) / 5)
     first = evaluate(eval_step, 2.0, dataset.eval_batches(), ByteTokenizer(), mesh, limit=1)
     assert first["target_tokens"] == 6

@@ -1,0 +1,206 @@
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_lite.decoding import Generated, GenerationConfig, generate
+from t5x_lite.errors import InputError
+from t5x_lite.models import TransformerConfig, build
+from t5x_lite.models.transformer import Transformer
+from t5x_lite.sharding import make_mesh, put_batch, tree_shardings
+
+FAMILIES = ("v1_0_config", "tiny_config", "umt5_config")
+NEW_TOKENS = 12
+GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS)
+
+
+def inputs(rows: int = 4) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 256, (rows, 9)).astype(np.int32)
+    tokens[1, 5:] = 0  # one row is padded
+    return {"encoder_input_tokens": tokens}
+
+
+def teacher_forced(config: TransformerConfig, params: Any, batch: Any) -> np.ndarray:
+    """Log-probabilities `[B, T, V]` from the whole sequence at once, without a cache."""
+    logits = jax.jit(build(config).apply)({"params": params}, batch)
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
+def as_targets(config: TransformerConfig, tokens: jax.Array) -> np.ndarray:
+    start = np.full((tokens.shape[0], 1), config.decoder_start_id)
+    return np.concatenate([start, tokens[:, :-1]], axis=1).astype(np.int32)
+
+
+def assert_is_the_argmax(config: TransformerConfig, params: Any, batch: Any, out: Generated) -> None:
+    """Every token is the most likely after those before it, and the score adds up."""
+    decoder_inputs = as_targets(config, out.tokens)
+    segments = (np.arange(NEW_TOKENS)[None, :] < np.asarray(out.lengths)[:, None]).astype(np.int32)
+    full = batch | {"decoder_input_tokens": decoder_inputs, "decoder_segment_ids": segments}
+    log_probabilities = teacher_forced(config, params, full)
+    real = segments > 0
+    np.testing.assert_array_equal(np.argmax(log_probabilities, axis=-1)[real], np.asarray(out.tokens)[real])
+    gained = np.take_along_axis(log_probabilities, np.asarray(out.tokens)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(out.scores, np.sum(gained * segments, axis=1), rtol=1e-4)  # sums of a dozen floats
+
+
+@pytest.fixture(scope="session")
+def ended(tiny_config: TransformerConfig, random_params: Any) -> tuple[TransformerConfig, Generated]:
+    """A generation in which rows end at different times: EOS is made a token that the model likes to produce."""
+    params = random_params(tiny_config)
+    endless = generate(build(dataclasses.replace(tiny_config, eos_id=1)), params, inputs(), GREEDY).tokens
+    eos = int(endless[0, 4])
+    config = dataclasses.replace(tiny_config, eos_id=eos, pad_id=3)
+    batch = inputs() | {"encoder_segment_ids": (inputs()["encoder_input_tokens"] > 0).astype(np.int32)}
+    return config, generate(build(config), params, batch, GREEDY)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_decoding_is_the_teacher_forced_argmax(
+    family: str, request: pytest.FixtureRequest, random_params: Any
+) -> None:
+    config = request.getfixturevalue(family)
+    params = random_params(config)
+    # A tied head of random numbers says one and the same token for ever, unless the inputs are made to matter more.
+    params["decoder"]["layers"]["cross_attention"]["out"]["kernel"] *= 5
+    out = generate(build(config), params, inputs(), GREEDY)
+    assert (out.tokens.shape, out.tokens.dtype, out.scores.dtype) == ((4, NEW_TOKENS), jnp.int32, jnp.float32)
+    assert len({tuple(row) for row in np.asarray(out.tokens).tolist()}) == 4
+    assert_is_the_argmax(config, params, inputs(), out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_logits_equal_those_of_the_whole_sequence(
+    family: str, request: pytest.FixtureRequest, random_params: Any
+) -> None:
+    config = request.getfixturevalue(family)
+    model, variables = build(config), {"params": random_params(config)}
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(2, 256, (4, 8)).astype(np.int32)
+    batch = inputs() | {"decoder_input_tokens": tokens}
+    wanted = jax.jit(model.apply)(variables, batch)
+
+    encoded = jax.jit(lambda batch: model.apply(variables, batch, method="encode"))(batch)
+
+    @jax.jit
+    def first(piece: jax.Array) -> Any:
+        part = batch | {"decoder_input_tokens": piece}
+        return model.apply(variables, part, encoded, model.new_cache(4, 8, 9), method="decode")
+
+    @jax.jit
+    def further(piece: jax.Array, cache: Any) -> Any:
+        return model.apply(variables, {"decoder_input_tokens": piece}, cache=cache, method="decode")
+
+    # A prompt of four, then one by one.
+    logits, cache = first(tokens[:, :4])
+    pieces = [logits]
+    for place in range(4, 8):
+        np.testing.assert_array_equal(cache.position, [place] * 4)
+        logits, cache = further(tokens[:, place : place + 1], cache)
+        pieces.append(logits)
+    # Float32 sums over a cache with empty slots, in another order, relative to logits of size 1 to 5.
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), wanted, atol=1e-5)
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_ends_with_eos_and_pads_follow(ended: tuple[TransformerConfig, Generated], random_params: Any) -> None:
+    config, out = ended
+    lengths = np.asarray(out.lengths)
+    assert lengths[0] == 5
+    assert len(set(lengths)) > 1
+    for row, length in zip(np.asarray(out.tokens), lengths, strict=True):
+        assert config.eos_id not in row[: length - 1]
+        assert length == NEW_TOKENS or row[length - 1] == config.eos_id
+        assert np.all(row[length:] == config.pad_id)
+    batch = inputs() | {"encoder_segment_ids": (inputs()["encoder_input_tokens"] > 0).astype(np.int32)}
+    assert_is_the_argmax(config, random_params(config), batch, out)
+
+
+def test_stops_when_every_row_has_ended(
+    ended: tuple[TransformerConfig, Generated], random_params: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = ended
+    calls = []
+    apply = Transformer.apply
+
+    def counting(self: Transformer, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["method"] == "decode":
+            jax.debug.callback(lambda: calls.append(1))
+        return apply(self, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "apply", counting)
+    first_row = {name: value[:1] for name, value in inputs().items()}
+    compiled = jax.jit(generate.__wrapped__, static_argnums=(0, 3))
+    alone = compiled(build(config), random_params(config), first_row, GenerationConfig(max_new_tokens=1000))
+    jax.block_until_ready(alone)
+    jax.effects_barrier()
+    assert alone.lengths[0] == out.lengths[0] == 5
+    assert len(calls) == 1 + 5  # the prompt, and one for every token
+
+
+def test_ids_beyond_the_tokenizer_are_never_generated(tiny_config: Any, random_params: Any) -> None:
+    params = random_params(tiny_config)
+    free = generate(build(tiny_config), params, inputs(), GREEDY)
+    bounded = generate(build(tiny_config), params, inputs(), GREEDY, vocab_size=100)
+    assert np.max(free.tokens) >= 100
+    assert np.max(bounded.tokens) < 100
+    # The probabilities are those among the allowed ids.
+    assert np.all(np.isfinite(bounded.scores))
+    first = teacher_forced(tiny_config, params, inputs() | {"decoder_input_tokens": np.zeros((4, 1), np.int32)})[:, 0]
+    np.testing.assert_array_equal(bounded.tokens[:, 0], np.argmax(first[:, :100], axis=-1))
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["tiny_config", "umt5_config"])
+def test_ragged_prompts_continue_as_each_would_alone(
+    family: str, request: pytest.FixtureRequest, random_params: Any
+) -> None:
+    config = request.getfixturevalue(family)
+    model, params = build(config), random_params(config)
+    rng = np.random.default_rng(2)
+    sizes = (1, 5, 2, 5)
+    prompts = np.zeros((4, 5), np.int32)
+    prompts[:, 1:] = rng.integers(2, 256, (4, 4))
+    segments = (np.arange(5)[None, :] < np.array(sizes)[:, None]).astype(np.int32)
+    prompts *= segments  # row 0 has the start token alone
+    together = generate(
+        model, params, inputs() | {"decoder_input_tokens": prompts, "decoder_segment_ids": segments}, GREEDY
+    )
+    assert np.all(together.lengths <= NEW_TOKENS)
+    for row in (0, 2):  # the padded ones
+        size = sizes[row]
+        alone_batch = {name: value[row : row + 1] for name, value in inputs().items()}
+        alone = generate(model, params, alone_batch | {"decoder_input_tokens": prompts[row : row + 1, :size]}, GREEDY)
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        np.testing.assert_allclose(together.scores[row], alone.scores[0], rtol=1e-4)
+
+
+# --- meshes and errors ----------------------------------------------------------------------------------------------
+
+
+def test_a_mesh_generates_the_same(tiny_config: Any, random_params: Any) -> None:
+    model, params = build(tiny_config), random_params(tiny_config)
+    wanted = generate(model, params, inputs(), GREEDY)
+    mesh = make_mesh("data:4,model:2")
+    spread = jax.device_put(params, tree_shardings(mesh, model.logical_axes(), params))
+    with jax.set_mesh(mesh):
+        got = generate(model, spread, put_batch(mesh, inputs()), GREEDY)
+    np.testing.assert_array_equal(got.tokens, wanted.tokens)
+    np.testing.assert_array_equal(got.lengths, wanted.lengths)
+    np.testing.assert_allclose(got.scores, wanted.scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_nothing_to_generate_is_an_error(number: int) -> None:
+    with pytest.raises(InputError, match=f"max_new_tokens must be at least 1, not {number}"):
+        GenerationConfig(max_new_tokens=number)

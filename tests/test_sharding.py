@@ -1,0 +1,224 @@
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x_lite import sharding
+from t5x_lite.errors import InputError
+from t5x_lite.models import build
+from t5x_lite.sharding import make_mesh, parse_mesh, spec
+from t5x_lite.training import optimizers
+from t5x_lite.training.state import abstract_state, init_state
+
+OPTIMIZERS = ("adafactor", "adamw")
+
+
+def optimizer(name: str, model: Any) -> Any:
+    return optimizers.make_optimizer(name, 1e-3, model.logical_axes(), clip_norm=1.0, weight_decay=0.01)
+
+
+# --- the mesh -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("", (8, 1, 1)),
+        ("data:8", (8, 1, 1)),
+        ("data:4,model:2", (4, 1, 2)),
+        (" model:2 , data:4 ", (4, 1, 2)),
+        ("model:8", (1, 1, 8)),
+        ("fsdp:-1", (1, 8, 1)),
+        ("data:-1,model:2", (4, 1, 2)),
+        ("data:2,fsdp:2,model:-1", (2, 2, 2)),
+        ("data:8,model:-1", (8, 1, 1)),
+    ],
+)
+def test_parse_mesh(text: str, sizes: tuple[int, ...]) -> None:
+    assert parse_mesh(text, 8) == dict(zip(("data", "fsdp", "model"), sizes, strict=True))
+    assert dict(make_mesh(text).shape) == parse_mesh(text, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("modle:2", ["unknown axis 'modle'", "data, fsdp, model", "did you mean 'model'"]),
+        ("data:4,", ["unknown axis ''"]),
+        ("data:2,data:4", ["'data'", "twice"]),
+        ("data:two", ["'data'", "whole number", "'two'"]),
+        ("data", ["'data'", "whole number", "''"]),
+        ("data:0", ["'data'", "at least 1", "0"]),
+        ("data:-2", ["'data'", "at least 1", "-2"]),
+        ("data:-1,model:-1", ["only one axis may be -1", "data and model"]),
+        ("data:4", ["'data:4'", "covers 4 devices", "there are 8"]),
+        ("data:-1,model:3", ["'data:-1,model:3'", "3 devices", "there are 8"]),
+        ("data:16", ["covers 16 devices", "there are 8"]),
+    ],
+)
+def test_parse_mesh_names_what_is_wrong(text: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_mesh(text, 8)
+    for word in [text, *words]:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_describe_is_what_the_user_writes() -> None:
+    for text in ("data:8", "fsdp:4,model:2", "data:2,fsdp:2,model:2"):
+        assert sharding.describe(make_mesh(text)) == text
+    assert sharding.describe(make_mesh(devices=jax.devices()[:1])) == "data:1"
+
+
+# --- names and rules ------------------------------------------------------------------------------------------------
+
+
+def test_a_name_without_a_rule_is_an_error() -> None:
+    with pytest.raises(KeyError, match=r"'embedd' is not in sharding.RULES"):
+        spec("layers", "embedd")
+    with pytest.raises(KeyError, match="'time'"):  # even where there is no mesh that could split it
+        sharding.constrain(jnp.ones((2, 3)), "batch", "time")
+    with pytest.raises(ValueError, match="2 axis names"):
+        sharding.constrain(jnp.ones((2, 3, 4)), "batch", "length")
+
+
+def test_spec() -> None:
+    assert spec("layers", "embed", "heads") == PartitionSpec(None, "fsdp", "model")
+    assert spec("batch", "length", "vocab") == PartitionSpec(("data", "fsdp"), None, "model")
+    assert spec("vocab", None) == PartitionSpec("model", None)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "words"),
+    [
+        ("model:8", {"num_heads": 6}, ["'heads'", "size 6", "'model'", "size 8"]),
+        ("data:2,model:4", {"vocab_size": 258}, ["'vocab'", "size 258", "'model'", "size 4"]),
+        ("data:2,model:4", {"mlp_dim": 70}, ["'mlp'", "size 70", "'model'", "size 4"]),
+        ("fsdp:8", {"embed_dim": 36}, ["'embed'", "size 36", "'fsdp'", "size 8"]),
+    ],
+)
+def test_an_axis_that_does_not_divide_fails_before_anything_is_compiled(
+    tiny_config: Any, mesh: str, changes: dict[str, int], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(dataclasses.replace(tiny_config, **changes))
+    tx = optimizer("adafactor", model)
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("jitted something before the check")
+
+    monkeypatch.setattr(jax, "jit", compiled)
+    with pytest.raises(InputError) as caught:
+        init_state(model, tx, make_mesh(mesh), seed=0)
+    for word in [mesh, *words]:
+        assert word in str(caught.value)
+
+
+def test_a_leaf_that_does_not_divide_is_named_too() -> None:
+    with pytest.raises(InputError, match="axis 'embed' of size 12 does not divide over mesh axis 'fsdp' of size 8"):
+        sharding.tree_shardings(make_mesh("fsdp:8"), {"a": ("embed",)}, {"a": np.zeros(12)})
+    with pytest.raises(InputError, match=r"axis 'batch' of size 6 .* 'data x fsdp' of size 8"):
+        sharding.check_divides(make_mesh("data:4,fsdp:2"), {"batch": 6})
+
+
+# --- the state ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("mesh_text", ["data:8", "fsdp:8", "model:8", "fsdp:4,model:2"])
+def test_state_lies_on_the_mesh(name: str, mesh_text: str, tiny_config: Any, random_params: Any) -> None:
+    model = build(tiny_config)
+    mesh = make_mesh(mesh_text)
+    tx = optimizer(name, model)
+    abstract = abstract_state(model, tx, mesh)
+    state = init_state(model, tx, mesh, seed=0, params=random_params(tiny_config))
+
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for promised, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert isinstance(array.sharding, NamedSharding)
+        assert array.sharding.mesh == mesh
+        assert (promised.shape, promised.dtype) == (array.shape, array.dtype)
+        assert array.sharding.is_equivalent_to(promised.sharding, array.ndim)
+        assert array.addressable_shards[0].data.shape == promised.sharding.shard_shape(array.shape)
+
+    axes = jax.tree.leaves(model.logical_axes(), is_leaf=lambda node: isinstance(node, tuple))
+    for names, array in zip(axes, jax.tree.leaves(state.params), strict=True):
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec(*names)), array.ndim)
+
+    # What is not split (by fsdp: bias tables and step counts; by model: norm scales too) is a few hundred numbers; the
+    # rest of parameters and optimizer state alike has to shrink with the number of devices.
+    ways = 1 if mesh_text == "data:8" else 8
+    for tree in (state.params, state.opt_state):
+        total = sum(array.nbytes for array in jax.tree.leaves(tree))
+        held = sharding.bytes_per_device(tree)
+        assert held == sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(tree))
+        assert 0.85 * ways < total / held <= ways
+        matrices = [array for array in jax.tree.leaves(tree) if array.size > 1000]
+        assert len(matrices) >= len([names for names in axes if len(names) > 2])
+        for array in matrices:
+            assert array.sharding.is_fully_replicated == (ways == 1), array.shape
+
+
+def test_factored_moments_follow_the_axis_that_they_keep(tiny_config: Any) -> None:
+    # Adafactor factors kernels of 128 and more on both sides. Of one with axes (layers, embed, mlp) the row means keep
+    # embed, which fsdp splits, and the column means mlp, which model does.
+    model = build(dataclasses.replace(tiny_config, embed_dim=128, mlp_dim=256))
+    state = abstract_state(model, optimizer("adafactor", model), make_mesh("fsdp:4,model:2"))
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    found = {}
+    for path, leaf in leaves:
+        text = jax.tree_util.keystr(path)
+        if "'encoder'" in text and "'up'" in text:
+            for what in ("v_row", "v_col"):
+                if what in text:
+                    found[what] = leaf
+    assert {what: leaf.shape for what, leaf in found.items()} == {"v_row": (2, 128), "v_col": (2, 256)}
+    assert found["v_row"].sharding.shard_shape((2, 128)) == (2, 32)
+    assert found["v_col"].sharding.shard_shape((2, 256)) == (2, 128)
+
+
+def test_fresh_parameters_do_not_depend_on_the_mesh(tiny_config: Any) -> None:
+    config = dataclasses.replace(tiny_config, num_encoder_layers=1, num_decoder_layers=1)
+    model = build(config)
+    tx = optimizer("adamw", model)
+    alone, spread = (
+        init_state(model, tx, mesh, seed=5).params
+        for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh("data:2,fsdp:2,model:2"))
+    )
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        # The random bits are equal; what is made of them is a few float32 operations, fused as each program likes.
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+# --- activations and batches ----------------------------------------------------------------------------------------
+
+
+def test_constrain_without_a_mesh_is_the_identity() -> None:
+    x = jnp.ones((8, 4, 16))
+    assert sharding.constrain(x, "batch", "length", "mlp") is x
+    assert "sharding" not in str(jax.make_jaxpr(lambda x: sharding.constrain(x, "batch", "length", "mlp"))(x))
+
+
+def test_constrain_within_a_mesh_decides_the_layout() -> None:
+    mesh = make_mesh("data:2,fsdp:2,model:2")
+    with jax.set_mesh(mesh):
+        compiled = (
+            jax.jit(lambda x: sharding.constrain(x + 1, "batch", "length", "mlp")).lower(jnp.ones((8, 4, 16))).compile()
+        )
+    wanted = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "model"))
+    assert compiled.output_shardings.is_equivalent_to(wanted, 3)
+    assert compiled(jnp.ones((8, 4, 16))).addressable_shards[0].data.shape == (2, 4, 8)
+
+
+def test_batches_are_split_along_their_rows() -> None:
+    mesh = make_mesh("data:2,fsdp:2,model:2")
+    batch = {"tokens": np.arange(16 * 5, dtype=np.int32).reshape(16, 5), "weights": np.ones((16, 3), np.float32)}
+    put = sharding.put_batch(mesh, batch)
+    for name, value in batch.items():
+        np.testing.assert_array_equal(put[name], value)
+        assert put[name].dtype == value.dtype
+        assert put[name].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+        assert {shard.data.shape for shard in put[name].addressable_shards} == {(4, value.shape[1])}
+    assert len({str(shard.index) for shard in put["tokens"].addressable_shards}) == 4
