@@ -91,7 +91,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
     observer = observer or Observer()
     out = Path(config.out)
     mesh = sharding.make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    _check_mesh(config, mesh)
     records = recipe.read(config.data)
     tokenizer = recipe.run_tokenizer(config, records.texts())
     config = with_vocabulary(config, tokenizer)
@@ -233,7 +233,12 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+def _check_mesh(config: RunConfig, mesh: Mesh) -> None:
+    """Checks what can be checked before the data is read; the vocabulary's size is not known yet."""
+    sizes = config.model.sharded_sizes()
+    if config.fit_vocabulary:
+        del sizes["vocab"]
+    sharding.check_divides(mesh, sizes)
     rows = config.train.batch_size // config.train.microbatches
     try:
         sharding.check_divides(mesh, {"batch": rows})

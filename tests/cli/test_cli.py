@@ -159,6 +159,7 @@ def test_doctor_names_what_is_missing(t5x, monkeypatch: pytest.MonkeyPatch) -> N
         (["train", "data.path=no/such/*.txt"], ["no/such/*.txt"]),
         (["train", "optimizer.name=adam"], ["optimizer.name='adam'", "'adafactor' or 'adamw'"]),
         (["train", "mesh=date:8"], ["unknown axis 'date'", "did you mean 'data'"]),
+        (["train", "mesh=model:8", "model=t5-v1.1-small"], ["'heads' of size 6", "'model' of size 8"]),
         (["train", "mesh=data:3"], ["covers 3 devices, but there are 8"]),
         (["train", "model.dropout_rate=1.5"], ["model.dropout_rate", "1.5"]),
         (["train", "--fast"], ["--fast", "--help"]),

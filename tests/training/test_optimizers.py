@@ -34,8 +34,8 @@ def load_recipe() -> ModuleType:
 recipe = load_recipe()
 Flat = dict[str, np.ndarray]
 
-# Float32 rounding, added up over 100 updates and relative to a parameter's RMS: at most 2e-6 was seen, and T5X's own
-# two layouts differ by as much. The smallest real difference tried here (no step_offset) is 4e-2.
+# Float32 rounding, added up over 100 updates and relative to a parameter's RMS: at most 1.4e-6 was seen. A real
+# difference is of another order: leaving out step_offset makes 0.3.
 TOLERANCE = 5e-6
 
 
@@ -148,7 +148,7 @@ def test_step_offset(unscanned: dict[int, Flat]) -> None:
     assert_follows("no_offset", without)
     rms = T5X["offset/100/embedding/rms"]
     sample = T5X["offset/100/embedding/sample"]
-    assert np.max(np.abs(recipe.subsample(without[100]["embedding"]) - sample)) > 1e-2 * rms
+    assert np.max(np.abs(recipe.subsample(without[100]["embedding"]) - sample)) > 0.1 * rms
 
 
 # --- on the model ---------------------------------------------------------------------------------------------------
