@@ -1,6 +1,7 @@
 """From the configuration of a run to its tokenizer and datasets."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ class Records:
 
     train: Sequence[Any]
     validation: Sequence[Any]
+
+    def fingerprint(self) -> str:
+        """Returns a digest of all records and their order, which is what the order of training follows from."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation):
+            digest.update(f"{len(part)} records\n".encode())
+            for record in part:
+                digest.update(repr(record).encode(errors="surrogatepass"))
+        return digest.hexdigest()
 
     def texts(self) -> Iterable[str]:
         """Yields every training text; both sides of pairs."""

@@ -35,6 +35,8 @@ MAY_CHANGE = (
     "mesh",
     "out",
     "fit_vocabulary",
+    "data.path",  # files may move; what is in them may not change, which `_claim` checks
+    "data.eval_path",
     "data.split",
     "train.steps",
     "train.log_every",
@@ -95,7 +97,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
     records = recipe.read(config.data)
     tokenizer = recipe.run_tokenizer(config, records.texts())
     config = with_vocabulary(config, tokenizer)
-    _claim(out, config)
+    _claim(out, config, records)
 
     dataset, validation = recipe.datasets(records, config.data, config.train, tokenizer)
     for side in ("inputs", "targets"):
@@ -247,9 +249,16 @@ def _check_mesh(config: RunConfig, mesh: Mesh) -> None:
         raise InputError(f"{error}; {detail} = {rows} rows at a time") from None
 
 
-def _claim(out: Path, config: RunConfig) -> None:
-    """Writes config.yaml, or checks that the one in the run directory describes this run."""
-    path = out / "config.yaml"
+def _claim(out: Path, config: RunConfig, records: recipe.Records) -> None:
+    """Writes config.yaml and the data's fingerprint, or checks that those in the run directory are of this run."""
+    path, fingerprint = out / "config.yaml", out / "data.sha256"
+    digest = records.fingerprint()
+    if fingerprint.exists() and fingerprint.read_text() != digest:
+        raise InputError(
+            f"the data of {config.data.path} is not what the run in out={out} began with, so it cannot be continued"
+            f" exactly; start another with out= and init_from={out}"
+        )
+    fingerprint.write_text(digest)
     if path.exists():
         old = configuration.flatten(configuration.resolve(path).config)
         for key, value in configuration.flatten(config).items():

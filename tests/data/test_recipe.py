@@ -62,9 +62,21 @@ def test_separate_files_for_evaluation(tmp_path: Path) -> None:
     paths = [str(write_lines(tmp_path / name, 30)) for name in ("train.txt", "dev.txt")]
     records = recipe.read(DataConfig(path=paths[0], eval_path=paths[1]))
     assert len(records.train) == len(records.validation) == 30
+    (tmp_path / "dev.csv").write_text("body\nwords\n")
     with pytest.raises(InputError, match=r"dev\.csv"):
-        (tmp_path / "dev.csv").write_text("body\nwords\n")
         recipe.check(DataConfig(path=paths[0], eval_path=str(tmp_path / "dev.csv")))
+
+
+def test_the_fingerprint_is_of_content_and_order() -> None:
+    first = recipe.Records(["ab", "c"], ["d"])
+    assert first.fingerprint() == recipe.Records(["ab", "c"], ["d"]).fingerprint()
+    others = [
+        recipe.Records(["a", "bc"], ["d"]),
+        recipe.Records(["c", "ab"], ["d"]),
+        recipe.Records(["ab", "c", "d"], []),
+        recipe.Records([("ab", "c")], ["d"]),
+    ]
+    assert first.fingerprint() not in {other.fingerprint() for other in others}
 
 
 TEXTS = [f"number {n} is followed by number {n + 1}, as everyone knows" for n in range(300)]

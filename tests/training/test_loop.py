@@ -143,6 +143,19 @@ def test_another_configuration_does_not_touch_a_run(tiny_settings: list[str], tr
     assert (trained_run / "config.yaml").read_text() == before
 
 
+def test_data_may_move_but_not_change(
+    tiny_settings: list[str], trained_run: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(trained_run, tmp_path / "run")
+    moved = shutil.copy(corpus_file, tmp_path / "moved.txt")
+    settings = [*tiny_settings, f"out={out}", f"data.path={moved}"]
+    train(resolve(None, settings).config)
+    with Path(moved).open("a") as file:
+        file.write("one more sentence\n")
+    with pytest.raises(InputError, match="cannot be continued exactly"):
+        train(resolve(None, settings).config)
+
+
 def test_fine_tunes_from_a_run(trained_run: Path, tmp_path: Path) -> None:
     rows = [{"src": f"the cat reads {n}", "tgt": "yes" if n % 2 else "no"} for n in range(64)]
     (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
