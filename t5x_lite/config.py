@@ -4,6 +4,7 @@ Library users construct `RunConfig` directly. The command line calls `resolve`, 
 came from.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class DataConfig:
       path: glob of txt, jsonl, tsv, csv or parquet files (plain, .gz, .zst), or `stdlib`, the embedded corpus.
       eval_path: files to evaluate on; empty: a part of `path` is held out.
       eval_fraction: share of the records to hold out.
-      split: what `eval` and `data show` read: train or validation.
+      split: what `eval` reads: train or validation.
       objective: span_corruption (pre-training) or text_to_text (from `inputs` to `targets`).
       text: column of the running text.
       inputs: column of the input text.
@@ -45,6 +46,13 @@ class DataConfig:
     prefix: str = ""
     noise_density: float = 0.15
     mean_span_length: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a share or length that makes no sense."""
+        for name in ("eval_fraction", "noise_density"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise InputError(f"data.{name} must be above 0 and below 1, not {getattr(self, name)}")
+        _at_least("data.mean_span_length", self.mean_span_length, 1)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("target_length", "eval_every", "eval_batches", "checkpoint_every", "seed", "z_loss"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.seed >= 2**32:
+            raise InputError(f"train.seed must be below 2**32, not {self.seed}")
         _at_least("train.input_length", self.input_length, 2)
         if self.batch_size % self.microbatches:
             raise InputError(
@@ -103,29 +113,35 @@ class OptimizerConfig:
 
     Attributes:
       name: adafactor (T5's) or adamw.
-      learning_rate: peak; for inverse_square_root the numerator (T5: 1.0). Adafactor multiplies it by each parameter's
-        RMS.
+      learning_rate: peak; for inverse_square_root the numerator. Adafactor multiplies it by each parameter's RMS.
+        Default: T5's with Adafactor, 1.0 for inverse_square_root and 1e-3 else; AdamW has none.
       schedule: inverse_square_root, constant, linear or cosine.
       warmup_steps: linear warm-up, default none; for inverse_square_root the flat part, default 10,000.
       clip_norm: global gradient norm to clip to; 0: none.
       weight_decay: decoupled, multiplied by the learning rate.
-      step_offset: of Adafactor's decay; see `training.optimizers.adafactor`.
     """
 
     name: Literal["adafactor", "adamw"] = "adafactor"
-    learning_rate: float = 1.0
+    learning_rate: float | None = None
     schedule: Literal["inverse_square_root", "constant", "linear", "cosine"] = "inverse_square_root"
     warmup_steps: int | None = None
     clip_norm: float = 0.0
     weight_decay: float = 0.0
-    step_offset: int = 0
 
     def __post_init__(self) -> None:
-        """Raises InputError for negative values."""
-        for name in ("learning_rate", "clip_norm", "weight_decay", "step_offset"):
-            _at_least(f"optimizer.{name}", getattr(self, name), 0)
-        if self.warmup_steps is not None:
-            _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        """Raises InputError for negative values, or AdamW without a learning rate."""
+        for name in ("learning_rate", "clip_norm", "weight_decay", "warmup_steps"):
+            if getattr(self, name) is not None:
+                _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if self.name == "adamw" and self.learning_rate is None:
+            raise InputError("optimizer.name=adamw needs optimizer.learning_rate, such as 1e-3")
+
+    @property
+    def peak(self) -> float:
+        """The learning rate, T5's by default."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1.0 if self.schedule == "inverse_square_root" else 1e-3
 
 
 @dataclass(frozen=True)
@@ -224,7 +240,7 @@ def _base_model(given: dict[str, tuple[Any, str]]) -> tuple[TransformerConfig, s
 
 def run_directory(path: str | Path) -> Path:
     """Returns the run directory that `path` is, or that the checkpoint `path` is in."""
-    path = Path(path)
+    path = Path(path).expanduser()
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
@@ -301,5 +317,5 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _at_least(name: str, value: float, minimum: float) -> None:
-    if not value >= minimum:
-        raise InputError(f"{name} must be at least {minimum}, not {value}")
+    if not minimum <= value < math.inf:
+        raise InputError(f"{name} must be at least {minimum} and finite, not {value}")

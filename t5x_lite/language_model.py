@@ -19,7 +19,8 @@ from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Batch, Transformer
-from t5x_lite.training.checkpoints import UnreadableCheckpoint, complete_steps, read
+from t5x_lite.run_directory import complete_steps
+from t5x_lite.training.checkpoints import UnreadableCheckpoint, read
 
 
 class Scores(NamedTuple):
@@ -42,13 +43,22 @@ class LanguageModel:
       params: its parameters, a nested dict of arrays on `mesh`.
       tokenizer: None if the checkpoint had none; then only `generate_tokens` works.
       mesh: where it computes.
+      checkpoint: what it was loaded from, if it was.
     """
 
-    def __init__(self, model: Transformer, params: Any, tokenizer: Tokenizer | None, mesh: Mesh):
+    def __init__(
+        self,
+        model: Transformer,
+        params: Any,
+        tokenizer: Tokenizer | None,
+        mesh: Mesh,
+        checkpoint: Path | None = None,
+    ):
         self.model = model
         self.params = params
         self.tokenizer = tokenizer
         self.mesh = mesh
+        self.checkpoint = checkpoint
 
     @property
     def config(self) -> TransformerConfig:
@@ -63,6 +73,8 @@ class LanguageModel:
           batch_size: texts that are decoded together.
           **settings: fields of `GenerationConfig`, such as `max_new_tokens=64`.
         """
+        if isinstance(texts, str):
+            raise InputError(f"generate takes a list of texts: [{texts[:40]!r}], not {texts[:40]!r}")
         tokenizer = self.require_tokenizer()
         config = GenerationConfig(**settings)
         out: list[str] = []
@@ -162,14 +174,14 @@ def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = Non
     shapes = model.param_shapes()
     layouts = sharding.tree_shardings(mesh, model.logical_axes(), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s), shapes, layouts)
-    params, notes = load_params(path, abstract)
+    params, checkpoint, notes = load_params(path, abstract)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     tokenizer = load_tokenizer(run / "tokenizer") if (run / "tokenizer").exists() else None
-    return LanguageModel(model, params, tokenizer, mesh)
+    return LanguageModel(model, params, tokenizer, mesh, checkpoint)
 
 
-def load_params(path: str | Path, abstract: Any) -> tuple[Any, list[str]]:
+def load_params(path: str | Path, abstract: Any) -> tuple[Any, Path, list[str]]:
     """Restores parameters from a run directory (its latest readable checkpoint) or from one checkpoint.
 
     Args:
@@ -177,15 +189,15 @@ def load_params(path: str | Path, abstract: Any) -> tuple[Any, list[str]]:
       abstract: tree of `jax.ShapeDtypeStruct`s: the dtypes and layouts wanted.
 
     Returns:
-      The parameters, and a line about each checkpoint that was damaged and passed over.
+      The parameters, the checkpoint they are from, and a line about each that was damaged and passed over.
 
     Raises:
       InputError: no checkpoint, none that can be read, or one of another model.
     """
     notes: list[str] = []
-    for checkpoint in _candidates(Path(path)):
+    for checkpoint in _candidates(Path(path).expanduser()):
         try:
-            return read(checkpoint, {"params": abstract})["params"], notes
+            return read(checkpoint, {"params": abstract})["params"], checkpoint, notes
         except UnreadableCheckpoint as error:
             notes.append(str(error))
     raise InputError("; ".join(notes) or f"{path} holds no checkpoint")

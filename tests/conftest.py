@@ -42,7 +42,7 @@ RandomParams = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def tiny_config() -> TransformerConfig:
-    """A T5 v1.1 of 70 thousand parameters, every size different; it divides over any mesh of eight devices.
+    """A T5 v1.1 of 97 thousand parameters, every size different; it divides over any mesh of eight devices.
 
     `num_heads * head_dim` is not `embed_dim` (as in T5-11B), so a test that mixes them up fails.
     """

@@ -1,5 +1,6 @@
 """The README's code blocks and table, run from top to bottom as a reader would."""
 
+import json
 import os
 import re
 import subprocess
@@ -49,6 +50,12 @@ def test_begins_with_the_two_commands() -> None:
 def test_block(index: int, folder: Path) -> None:
     # In order: later blocks use what earlier ones have made.
     assert run(*BLOCKS[index], folder).strip()
+
+
+def test_the_first_model_has_learned_something(folder: Path) -> None:
+    (results,) = (folder / "runs" / "first" / "eval").glob("*.json")
+    metrics = json.loads(results.read_text())
+    assert metrics["loss"] < metrics["unigram_entropy"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

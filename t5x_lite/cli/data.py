@@ -7,6 +7,7 @@ from pathlib import Path
 from t5x_lite.cli.main import SETTINGS_HELP
 from t5x_lite.cli.settings import read_settings
 from t5x_lite.data import recipe
+from t5x_lite.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
@@ -18,19 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints examples of the batch of one step, and how much of the batch is padding."""
+    """Prints training examples of the batch of one step, and how much of the batch is padding."""
     import json
 
+    if args.examples < 1:
+        raise InputError(f"--examples must be at least 1, not {args.examples}")
     config = read_settings(args.settings).config
     records = recipe.read(config.data)
     with tempfile.TemporaryDirectory() as folder:
-        if (Path(config.out) / "tokenizer").exists() or config.init_from:
-            tokenizer = recipe.run_tokenizer(config, records.texts())
-        else:
-            spec = config.tokenizer or recipe.DEFAULT_TOKENIZER
-            tokenizer = recipe.obtain_tokenizer(spec, config.extra_ids, records.texts(), Path(folder) / "tokenizer")
-    datasets = recipe.datasets(records, config.data, config.train, tokenizer)
-    dataset = datasets["data.split=validation" in args.settings]
+        tokenizer = recipe.run_tokenizer(config, records.texts(), Path(folder) / "tokenizer")
+    dataset, _ = recipe.datasets(records, config.data, config.train, tokenizer)
     batch = dataset.batch(args.step)
     for row in range(min(args.examples, config.train.batch_size)):
         example = {key: value[row] for key, value in batch.items()}

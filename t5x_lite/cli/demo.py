@@ -43,7 +43,7 @@ PRETRAIN = (
     "optimizer.warmup_steps=20",
 )
 FINETUNE = (
-    *MODEL,
+    "model.dropout_rate=0.1",
     "data.objective=text_to_text",
     "train.steps=200",
     "train.batch_size=32",

@@ -1,14 +1,12 @@
-"""What commands print: tables and JSON to stdout, notes and progress bars to stderr."""
+"""What commands print: results to stdout, notes and progress bars to stderr."""
 
 import json
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from t5x_lite.training.loop import Observer
 
@@ -23,14 +21,6 @@ def show(values: Mapping[str, Any], as_json: bool) -> None:
     width = max(map(len, values), default=0)
     for name, value in values.items():
         print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table."""
-    out = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        out.add_row(*map(str, row))
-    Console(width=None if sys.stdout.isatty() else 140).print(out)
 
 
 class ProgressObserver(Observer):
@@ -66,7 +56,7 @@ class ProgressObserver(Observer):
         """Moves the bar, or prints a line if the last is a while ago."""
         fields = {"loss": record["loss"], "speed": record["tokens_per_second"]}
         if self._task is None:
-            self._task = self._progress.add_task(self._description, total=last, **fields)
+            self._task = self._progress.add_task(self._description, total=last, completed=record["step"], **fields)
         self._progress.update(self._task, completed=record["step"], **fields)
         now = time.monotonic()
         if self._progress.disable and (now - self._last_line > SECONDS_BETWEEN_LINES or record["step"] == last):

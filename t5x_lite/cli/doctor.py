@@ -71,7 +71,8 @@ def examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
             report["devices"][f"device {device.id}"] = f"{device.device_kind}{limit}"
     except Exception as error:
         problems.append(f"JAX finds no device: {' '.join(str(error).split())}")
-    if shutil.which("nvidia-smi") and report.get("devices", {}).get("backend") == "cpu":
+    forced = os.environ.get("JAX_PLATFORMS") == "cpu"
+    if not forced and shutil.which("nvidia-smi") and report.get("devices", {}).get("backend") == "cpu":
         problems.append("there is an NVIDIA driver, but JAX runs on the CPU: pip install 'jax[cuda13]'")
     return report, problems
 

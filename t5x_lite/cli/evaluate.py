@@ -6,6 +6,7 @@ from pathlib import Path
 
 from t5x_lite.cli.main import SETTINGS_HELP
 from t5x_lite.cli.settings import read_settings
+from t5x_lite.config import run_directory
 from t5x_lite.data import recipe
 
 
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from t5x_lite.cli.display import show
     from t5x_lite.evaluation.evaluator import evaluate, generation_metrics
     from t5x_lite.language_model import load
+    from t5x_lite.models import build
     from t5x_lite.sharding import check_divides, make_mesh
     from t5x_lite.training.step import make_eval_step
 
@@ -32,19 +34,22 @@ def run(args: argparse.Namespace) -> int:
     # Not the mesh of the training: the run may have moved to another machine since.
     mesh = make_mesh(config.mesh if resolved.origins["mesh"] == "command line" else "")
     check_divides(mesh, {"batch": config.train.batch_size})
-    lm = load(checkpoint, config.train.dtype, mesh)
+    lm = load(checkpoint, mesh=mesh)
+    # Float32 parameters under the run's compute dtype, as its own evaluations had it.
+    model = build(lm.config, config.train.dtype)
     records = recipe.read(config.data)
     tokenizer = lm.require_tokenizer()
-    train, validation = recipe.datasets(records, config.data, config.train, tokenizer)
+    train, validation = recipe.datasets(records, config.data, config.train, tokenizer, lm.config.decoder_start_id)
     held_out = config.data.split == "validation"
     dataset = validation if held_out else train
-    metrics = evaluate(make_eval_step(lm.model, lm.mesh), lm.params, dataset.eval_batches(), tokenizer, lm.mesh)
+    metrics = evaluate(make_eval_step(model, lm.mesh), lm.params, dataset.eval_batches(), tokenizer, lm.mesh)
     if config.data.objective == "text_to_text":
         pairs = records.validation if held_out else records.train
         metrics |= generation_metrics(lm, pairs, dataset.target_length)
-    result = {"run": checkpoint, "split": config.data.split, **metrics}
-    folder = Path(config.out) / "eval"
+    result = {"checkpoint": str(lm.checkpoint), "split": config.data.split, **metrics}
+    folder = run_directory(checkpoint) / "eval"
     folder.mkdir(exist_ok=True)
-    (folder / f"{config.data.split}.json").write_text(json.dumps({**result, "data": config.data.path}, indent=1))
+    name = f"{config.data.split}-{lm.checkpoint.name}.json" if lm.checkpoint else f"{config.data.split}.json"
+    (folder / name).write_text(json.dumps({**result, "data": config.data.path}, indent=1))
     show(result, args.json)
     return 0

@@ -22,6 +22,11 @@ def run(args: argparse.Namespace) -> int:
     texts = args.texts or [line.rstrip("\n") for line in sys.stdin]
     if not texts:
         raise InputError("there is no input: give texts as arguments, or one a line on stdin")
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"input {number} is not valid UTF-8: {text[:40]!r}") from None
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
 
@@ -31,5 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for start in range(0, len(texts), args.batch_size):
         part = texts[start : start + args.batch_size]
         for text, output in zip(part, lm.generate(part, max_new_tokens=args.max_new_tokens), strict=True):
-            print(json.dumps({"input": text, "output": output}, ensure_ascii=False) if args.json else output)
+            # One output a line, also where a model of bytes has written a line break.
+            line = output.replace("\\", "\\\\").replace("\n", "\\n") if "\n" in output else output
+            print(json.dumps({"input": text, "output": output}, ensure_ascii=False) if args.json else line)
     return 0

@@ -1,6 +1,7 @@
 """Finds the command, runs it, and turns what went wrong into one line and an exit status."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -32,7 +33,7 @@ SETTINGS_HELP = "a YAML file or a run directory, then key=value settings such as
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
+        raise InputError(f"{message} (see {self.prog} --help; a text that begins with '-' goes after '--')")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,19 +47,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"t5x-lite: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _failed(error, traceback)
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"t5x-lite: {error.strerror}{where}; free some space and run again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("t5x-lite: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except Exception as error:
+        return _failed(error, traceback)
+
+
+def _failed(error: Exception, traceback: bool) -> int:
+    if isinstance(error, BrokenPipeError):
         # Whoever read stdout has seen enough; Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        if traceback:
-            raise
-        line = " ".join(str(error).split())[:500]
-        print(f"t5x-lite: {type(error).__name__}: {line} (--traceback shows where)", file=sys.stderr)
-        return 1
+    if traceback:
+        raise error
+    line = " ".join(str(error).split())[:500]
+    print(f"t5x-lite: {type(error).__name__}: {line} (--traceback shows where)", file=sys.stderr)
+    return 1
 
 
 def _print_warning(message: Warning | str, *details: Any) -> None:

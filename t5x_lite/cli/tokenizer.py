@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.type not in recipe.TRAINED_TOKENIZERS:
         raise InputError(f"--type '{args.type}' is unknown, allowed: {', '.join(recipe.TRAINED_TOKENIZERS)}")
     output = Path(args.output)
+    if output.is_dir():
+        raise InputError(f"'{output}' is a directory; name the .model file to write")
     if not output.parent.is_dir():
         raise InputError(f"there is no directory '{output.parent}' to write {output.name} to")
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:

@@ -99,8 +99,8 @@ class Dataset:
         Raises:
             InputError: for a negative step, or a batch size that the hosts cannot share evenly.
         """
-        if step < 0:
-            raise InputError(f"step {step}: must be 0 or more")
+        if not 0 <= step < 2**63 // self.batch_size:
+            raise InputError(f"step {step}: must be 0 or more, and below {2**63 // self.batch_size}")
         rows = self._rows(process_index, process_count)
         position = step * self.batch_size + np.arange(rows.start, rows.stop)
         epochs, places = np.divmod(position, self.num_examples)
@@ -339,20 +339,25 @@ def prefetch(load: Callable[[int], T], start: int, stop: int, depth: int = 2) ->
         thread.join()
 
 
-def hold_out(records: Sequence[T], fraction: float, seed: int = 0) -> tuple[list[T], list[T]]:
+def hold_out(
+    records: Sequence[T], fraction: float, seed: int = 0, key: Callable[[T], object] = lambda record: record
+) -> tuple[list[T], list[T]]:
     """Divides records into (train, validation), about `fraction` of them for validation, each side in the given order.
 
-    The side follows from a hash of the record's content: equal records are on one side, and records added later do not
-    move the others. Neither side is left empty.
+    The side follows from a hash of the record's `key`, by default all of it: equal records are on one side, and records
+    added later do not move the others. Neither side is left empty.
 
     Raises:
         InputError: for a `fraction` outside (0, 1) or fewer than two different records.
     """
     if not 0 < fraction < 1:
         raise InputError(f"validation fraction {fraction}: must be above 0 and below 1")
-    hashes = np.array([content_hash(record, seed) for record in records], np.uint64)
+    hashes = np.array([content_hash(key(record), seed) for record in records], np.uint64)
     if len(np.unique(hashes)) < 2:
-        raise InputError(f"cannot hold out a validation set: {len(records)} records, fewer than 2 different ones")
+        raise InputError(
+            f"cannot hold out a validation set: {len(records)} records, fewer than 2 different ones;"
+            " give data.eval_path"
+        )
     held = hashes < np.uint64(int(fraction * 2**64))
     if not held.any():
         held = hashes == hashes.min()

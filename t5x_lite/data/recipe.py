@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from t5x_lite.data.pipeline import Dataset, hold_out, span_corruption_dataset, t
 from t5x_lite.data.sources import check_columns, read_records
 from t5x_lite.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from t5x_lite.errors import InputError
+from t5x_lite.run_directory import has_begun
 
 DEFAULT_TOKENIZER = "unigram:8000"
 TRAINED_TOKENIZERS = ("unigram", "bpe", "word", "char")
@@ -26,7 +28,8 @@ class Records:
 
     Attributes:
       train: texts, or (input, target) pairs.
-      validation: likewise, none of them in `train`.
+      validation: likewise; no pair has an input that a pair in `train` has. Running text is divided in blocks, and a
+        line that the corpus repeats may be on both sides.
     """
 
     train: Sequence[Any]
@@ -81,13 +84,16 @@ def read(data: DataConfig) -> Records:
     if data.eval_path:
         return Records(everything, load(data.eval_path))
     if data.objective == "text_to_text":
-        return Records(*hold_out(everything, data.eval_fraction))
+        # By the input alone: the same question with two answers is no question to hold out.
+        return Records(*hold_out(everything, data.eval_fraction, key=lambda pair: pair[0]))
     train, validation = hold_out(_blocks(everything), data.eval_fraction)
     return Records([text for block in train for text in block], [text for block in validation for text in block])
 
 
-def datasets(records: Records, data: DataConfig, train: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset]:
-    """Returns the training and the validation dataset.
+def datasets(
+    records: Records, data: DataConfig, train: TrainConfig, tokenizer: Tokenizer, decoder_start_id: int | None = None
+) -> tuple[Dataset, Dataset]:
+    """Returns the training and the validation dataset; `decoder_start_id` is the model's, by default the pad.
 
     Raises:
       InputError: too little data, or lengths that the objective cannot use.
@@ -98,62 +104,87 @@ def datasets(records: Records, data: DataConfig, train: TrainConfig, tokenizer: 
             objective = SpanCorruption(data.noise_density, data.mean_span_length)
             length = train.target_length or None
             return span_corruption_dataset(
-                part, tokenizer, objective, train.input_length, length, train.batch_size, train.seed
+                part,
+                tokenizer,
+                objective,
+                train.input_length,
+                length,
+                train.batch_size,
+                train.seed,
+                decoder_start_id,
             )
         length = train.target_length or train.input_length
-        return text_to_text_dataset(part, tokenizer, train.input_length, length, train.batch_size, train.seed)
+        return text_to_text_dataset(
+            part, tokenizer, train.input_length, length, train.batch_size, train.seed, decoder_start_id
+        )
 
     return build(records.train), build(records.validation)
 
 
-def obtain_tokenizer(spec: str, extra_ids: int, texts: Iterable[str], directory: Path) -> Tokenizer:
+def obtain_tokenizer(
+    spec: str, extra_ids: int, texts: Iterable[str], directory: Path, expected: Path | None = None
+) -> Tokenizer:
     """Returns the tokenizer that `spec` names, after saving it to `directory`.
 
     Args:
       spec: a `.model` file, a directory, `bytes`, or one to train: `unigram:8000`, `bpe:8000`, `word:8000`, `char`.
       extra_ids: sentinels to add if it has none.
       texts: what to train it on.
-      directory: the run's `tokenizer/`; written completely or not at all.
+      directory: the run's `tokenizer/`; written completely or not at all. One that is there is replaced.
+      expected: a saved tokenizer that it has to equal, because parameters were trained with that one.
 
     Raises:
-      InputError: a spec that is none of these, or training that fails.
+      InputError: a spec that is none of these, training that fails, or a tokenizer other than the expected.
     """
     kind, _, size = spec.partition(":")
-    partial = directory.with_name(directory.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    if kind in TRAINED_TOKENIZERS:
-        if not size.isdigit() and not (kind == "char" and not size):
-            raise InputError(f"tokenizer '{spec}': '{kind}' needs a vocabulary size, such as {kind}:8000")
-        tokenizer: Tokenizer = train_sentencepiece(
-            texts, partial / "trained.model", int(size or 8000), model_type=kind, extra_ids=extra_ids
-        )
-    else:
-        tokenizer = load_tokenizer(spec, extra_ids)
-    tokenizer.save(partial)
-    (partial / "trained.model").unlink(missing_ok=True)
-    partial.rename(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tokenizer-") as folder:
+        if kind in TRAINED_TOKENIZERS:
+            if not size.isdigit() and not (kind == "char" and not size):
+                raise InputError(f"tokenizer '{spec}': '{kind}' needs a vocabulary size, such as {kind}:8000")
+            model = Path(folder) / "trained.model"
+            tokenizer: Tokenizer = train_sentencepiece(
+                texts, model, int(size or 8000), model_type=kind, extra_ids=extra_ids
+            )
+        else:
+            tokenizer = load_tokenizer(str(Path(spec).expanduser()) if spec != "bytes" else spec, extra_ids)
+        saved = Path(folder) / "tokenizer"
+        tokenizer.save(saved)
+        if expected and _contents(saved) != _contents(expected):
+            theirs = load_tokenizer(expected).vocab_size
+            raise InputError(
+                f"tokenizer '{spec}' ({tokenizer.vocab_size} tokens) is not the one in {expected} ({theirs} tokens)"
+                " that the parameters of init_from were trained with; leave tokenizer= out to use that one"
+            )
+        if directory.exists():
+            directory.rename(Path(folder) / "replaced")
+        saved.rename(directory)
     return load_tokenizer(directory)
 
 
-def run_tokenizer(config: RunConfig, texts: Iterable[str]) -> Tokenizer:
-    """Returns the tokenizer of a run: the one it already has, or the one its configuration asks for.
+def run_tokenizer(config: RunConfig, texts: Iterable[str], directory: Path | None = None) -> Tokenizer:
+    """Returns the tokenizer of a run: the one it has begun with, or the one its configuration asks for.
+
+    Args:
+      config: the run's.
+      texts: what to train one on.
+      directory: where to write a tokenizer that is not there yet; by default `out/tokenizer`.
 
     Raises:
-      InputError: as `obtain_tokenizer`, or a tokenizer other than that of `init_from`, whose parameters know no other.
+      InputError: as `obtain_tokenizer`; with `init_from` the tokenizer has to be the one of that run.
     """
-    directory = Path(config.out) / "tokenizer"
-    if directory.exists():
-        return load_tokenizer(directory)
+    own = Path(config.out).expanduser() / "tokenizer"
+    if has_begun(own.parent):
+        return load_tokenizer(own)
     origin = run_directory(config.init_from) / "tokenizer" if config.init_from else None
+    if origin and not origin.exists():
+        origin = None
     spec = config.tokenizer or (str(origin) if origin else DEFAULT_TOKENIZER)
-    tokenizer = obtain_tokenizer(spec, config.extra_ids, texts, directory)
-    if origin and origin.exists() and tokenizer.vocab_size != (theirs := load_tokenizer(origin).vocab_size):
-        directory.rename(directory.with_name("tokenizer.refused"))
-        raise InputError(
-            f"tokenizer '{spec}' has {tokenizer.vocab_size} tokens, but init_from={config.init_from} was trained with"
-            f" {theirs}; leave tokenizer= out to use that one"
-        )
-    return tokenizer
+    return obtain_tokenizer(spec, config.extra_ids, texts, directory or own, expected=origin)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _blocks(texts: Sequence[str]) -> list[tuple[str, ...]]:

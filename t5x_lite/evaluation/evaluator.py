@@ -36,6 +36,7 @@ def evaluate(
       `loss` (nats per real target token), `unigram_entropy` (the least loss that a model without any context could
       have on these very tokens), `perplexity`, `bits_per_byte` (of the target text, without sentinels and EOS),
       `accuracy` (share of target tokens that are the most likely one given those before) and `target_tokens`.
+      Where the targets hold no text at all there is no `bits_per_byte`.
 
     Raises:
       InputError: there is nothing to evaluate.
@@ -57,7 +58,7 @@ def evaluate(
         "loss": nats / tokens,
         "unigram_entropy": unigram_entropy(counts),
         "perplexity": perplexity(nats / tokens),
-        "bits_per_byte": bits_per_byte(nats, num_bytes) if num_bytes else float("nan"),
+        **({"bits_per_byte": bits_per_byte(nats, num_bytes)} if num_bytes else {}),
         "accuracy": correct / tokens,
         "target_tokens": int(tokens),
     }
@@ -86,4 +87,7 @@ def generation_metrics(
       batch_size: inputs decoded together.
     """
     outputs = lm.generate([source for source, _ in pairs], max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return {"exact_match": exact_match(outputs, [target for _, target in pairs])}
+    # As the tokenizer writes them: no model can produce a character or a space that its vocabulary does not keep.
+    tokenizer = lm.require_tokenizer()
+    targets = [tokenizer.decode(tokenizer.encode(target)) for _, target in pairs]
+    return {"exact_match": exact_match(outputs, targets)}

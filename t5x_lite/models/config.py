@@ -74,6 +74,8 @@ class TransformerConfig:
             )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(f"model.dropout_rate must be in [0, 1), not {self.dropout_rate}")
+        if not self.norm_epsilon > 0.0:
+            raise InputError(f"model.norm_epsilon must be above 0, not {self.norm_epsilon}")
         for name in ("pad_id", "eos_id", "decoder_start_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise InputError(

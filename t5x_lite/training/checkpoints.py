@@ -7,8 +7,10 @@ not notice a changed byte in array data, so this module adds `checksums.json` to
 
 import errno
 import hashlib
+import itertools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from t5x_lite.errors import InputError
+from t5x_lite.run_directory import UNREADABLE, complete_steps, has_begun
 from t5x_lite.training.state import TrainState
 
 CHECKSUMS = "checksums.json"
@@ -34,6 +37,7 @@ class Checkpointer:
     def __init__(self, directory: Path, keep: int = 3):
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._unsealed = True  # a run that was killed may have left a complete checkpoint without its seal
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -62,7 +66,7 @@ class Checkpointer:
         needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise self._disk_full(step, f"needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+            raise self._disk_full(step, f"needs {needed / 1e6:.3g} MB, {free / 1e6:.3g} MB are free")
         try:
             self._manager.save(
                 step,
@@ -71,22 +75,29 @@ class Checkpointer:
                 ),
                 metrics={"loss": math.inf if loss is None else loss},
             )
+            self._unsealed = True
         except Exception as error:
             raise self._save_failed(step, error) from error
 
     def wait(self) -> None:
-        """Waits until everything saved is on disk, and seals it with checksums.
+        """Waits until everything saved is on disk and sealed with checksums.
 
         Raises:
           InputError: the disk was full; the previous checkpoints stay.
         """
         try:
             self._manager.wait_until_finished()
+            self.seal_finished()
+        except Exception as error:
+            raise self._save_failed(None, error) from error
+
+    def seal_finished(self) -> None:
+        """Seals the checkpoint that was being written, if it is complete by now; quick enough to call at every step."""
+        if self._unsealed and not self._manager.is_saving_in_progress():
+            self._unsealed = False
             if jax.process_index() == 0:
                 for step in self.steps():
                     seal(self.directory / str(step))
-        except Exception as error:
-            raise self._save_failed(None, error) from error
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, ascending."""
@@ -95,7 +106,7 @@ class Checkpointer:
     def restore(self, abstract: TrainState) -> tuple[TrainState | None, list[str]]:
         """Restores the latest checkpoint that can be read.
 
-        One that cannot is renamed to `<step>.unreadable`, so that nothing is lost and its step can be saved again.
+        Those after it are renamed to `<step>.unreadable`: nothing is lost, and their steps can be saved again.
 
         Args:
           abstract: shapes, dtypes and layouts wanted, from `abstract_state`.
@@ -104,20 +115,16 @@ class Checkpointer:
           The state (None: there was no checkpoint), and a line about each checkpoint that was passed over.
 
         Raises:
-          InputError: there are checkpoints, and none can be read.
+          InputError: there are checkpoints, and none can be read; they stay as they are.
         """
-        notes = []
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            path = self.directory / str(step)
             try:
-                items = read(path, {"params": abstract.params, "optimizer": abstract.opt_state})
+                items = read(self.directory / str(step), {"params": abstract.params, "optimizer": abstract.opt_state})
             except UnreadableCheckpoint as error:
-                aside = path.with_name(f"{step}.unreadable")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-                self._manager.reload()
-                notes.append(f"{error}; set aside as {aside.name}")
+                damaged[step] = str(error)
                 continue
+            notes = [f"{why}; set aside as {self._set_aside(bad)}" for bad, why in damaged.items()]
             layout = abstract.step.sharding
             state = TrainState(
                 step=jax.device_put(jax.numpy.int32(step), layout),
@@ -125,9 +132,17 @@ class Checkpointer:
                 opt_state=items["optimizer"],
             )
             return state, notes
-        if notes:
-            raise InputError(f"no readable checkpoint is left in {self.directory}: {'; '.join(notes)}")
-        return None, notes
+        if damaged or has_begun(self.directory.parent):
+            why = "; ".join(damaged.values()) or "all have been set aside"
+            raise InputError(f"no readable checkpoint is left in {self.directory}: {why}")
+        return None, []
+
+    def _set_aside(self, step: int) -> str:
+        names = (f"{step}{'' if n == 1 else f'-{n}'}{UNREADABLE}" for n in itertools.count(1))
+        name = next(name for name in names if not (self.directory / name).exists())
+        (self.directory / str(step)).rename(self.directory / name)
+        self._manager.reload()
+        return name
 
     def close(self) -> None:
         """Waits for the last save and releases the threads."""
@@ -136,10 +151,9 @@ class Checkpointer:
 
     def _save_failed(self, step: int | None, error: Exception) -> Exception:
         text = str(error)
-        numbers = {getattr(e, "errno", None) for e in (error, error.__cause__, error.__context__)}
-        full = numbers & {errno.ENOSPC, errno.EFBIG, errno.EDQUOT} or any(
-            words in text for words in ("No space left", "File too large", "quota exceeded")
-        )
+        # TensorStore reports system errors as text.
+        numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        full = getattr(error, "errno", None) in numbers or any(os.strerror(number) in text for number in numbers)
         return self._disk_full(step, "the disk is full") if full else error
 
     def _disk_full(self, step: int | None, why: str) -> InputError:
@@ -153,13 +167,6 @@ class UnreadableCheckpoint(Exception):
     """A checkpoint directory that cannot be restored; the message says why, in one line."""
 
 
-def complete_steps(directory: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in a `checkpoints/` directory, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
-
-
 def seal(path: Path) -> None:
     """Writes the checksums of a complete checkpoint beside its files, unless they are there."""
     target = path / CHECKSUMS
@@ -169,8 +176,11 @@ def seal(path: Path) -> None:
         partial.rename(target)
 
 
-def verify(path: Path) -> None:
-    """Compares a checkpoint's files with its checksums; one that was never sealed passes.
+def verify(path: Path) -> bool:
+    """Compares a checkpoint's files with its checksums.
+
+    Returns:
+      Whether there are any; a process that is killed between writing and sealing leaves none.
 
     Raises:
       UnreadableCheckpoint: a file is missing or has changed; the message names the first.
@@ -178,7 +188,7 @@ def verify(path: Path) -> None:
     try:
         expected = json.loads((path / CHECKSUMS).read_text())
     except FileNotFoundError:
-        return
+        return False
     except ValueError:
         raise UnreadableCheckpoint(f"checkpoint {path} is damaged: {CHECKSUMS} cannot be read") from None
     found = _checksums(path)
@@ -187,6 +197,7 @@ def verify(path: Path) -> None:
         raise UnreadableCheckpoint(
             f"checkpoint {path} is damaged: {bad[0]} " + ("has changed" if bad[0] in found else "is missing")
         )
+    return True
 
 
 def read(path: Path, items: dict[str, Any]) -> dict[str, Any]:
@@ -200,18 +211,18 @@ def read(path: Path, items: dict[str, Any]) -> dict[str, Any]:
       UnreadableCheckpoint: it is damaged.
       InputError: it is sound, but its arrays have other names or shapes than asked for.
     """
-    verify(path)
+    sealed = verify(path)
     out = {}
     with ocp.StandardCheckpointer() as checkpointer:
         for name, abstract in items.items():
             try:
-                stored = checkpointer.metadata(path / name).item_metadata.tree
-            except Exception as error:
-                raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
-            _check_shapes(path, stored, abstract)
-            try:
+                _check_shapes(path, checkpointer.metadata(path / name).item_metadata.tree, abstract)
                 out[name] = checkpointer.restore(path / name, abstract)
+            except InputError:
+                raise
             except Exception as error:
+                if sealed:  # every byte is as it was written, so the fault lies elsewhere
+                    raise
                 raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
     return out
 
@@ -228,7 +239,7 @@ def _check_shapes(path: Path, stored: Any, abstract: Any) -> None:
         }
 
     have, want = by_name(stored), by_name(abstract)
-    for name in want.keys() | have.keys():
+    for name in sorted(want.keys() | have.keys()):
         if have.get(name) != want.get(name):
             raise InputError(
                 f"checkpoint {path} does not fit the model: {name} is {have.get(name, 'absent')} there"

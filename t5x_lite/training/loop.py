@@ -13,14 +13,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from t5x_lite import config as configuration
-from t5x_lite import sharding
+from t5x_lite import run_directory, sharding
 from t5x_lite.config import RunConfig
 from t5x_lite.data import recipe
 from t5x_lite.data.pipeline import Dataset, prefetch
 from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.evaluator import evaluate
+from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.training.checkpoints import Checkpointer
@@ -29,23 +29,6 @@ from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import TrainState, abstract_state, init_state
 from t5x_lite.training.step import make_eval_step, make_train_step
-
-# What may differ between two starts of one run; anything else would make it another run.
-MAY_CHANGE = (
-    "mesh",
-    "out",
-    "fit_vocabulary",
-    "data.path",  # files may move; what is in them may not change, which `_claim` checks
-    "data.eval_path",
-    "data.split",
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.remat",
-)
 
 
 class Observer:
@@ -91,33 +74,40 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
       FloatingPointError: a loss or gradient is not finite; the message names the step.
     """
     observer = observer or Observer()
-    out = Path(config.out)
+    out = Path(config.out).expanduser()
     mesh = sharding.make_mesh(config.mesh)
     _check_mesh(config, mesh)
     records = recipe.read(config.data)
-    tokenizer = recipe.run_tokenizer(config, records.texts())
-    config = with_vocabulary(config, tokenizer)
-    _claim(out, config, records)
+    with run_directory.lock(out):
+        tokenizer = recipe.run_tokenizer(config, records.texts())
+        config = with_vocabulary(config, tokenizer)
+        return _train(config, records, tokenizer, mesh, out, observer)
 
-    dataset, validation = recipe.datasets(records, config.data, config.train, tokenizer)
+
+def _train(
+    config: RunConfig, records: recipe.Records, tokenizer: Tokenizer, mesh: Mesh, out: Path, observer: Observer
+) -> TrainResult:
+    # Everything that can refuse the configuration comes before anything that records it.
+    dataset, validation = recipe.datasets(records, config.data, config.train, tokenizer, config.model.decoder_start_id)
     for side in ("inputs", "targets"):
         if cut := getattr(dataset, f"truncated_{side}"):
             observer.note(f"{cut} of {dataset.num_examples} training {side} are longer than the row and were cut")
     model = build(config.model, config.train.dtype, config.train.remat)
     opt = config.optimizer
-    schedule = make_schedule(opt.schedule, opt.learning_rate, opt.warmup_steps, config.train.steps)
+    schedule = make_schedule(opt.schedule, opt.peak, opt.warmup_steps, config.train.steps)
     tx = make_optimizer(
-        opt.name,
-        schedule,
-        model.logical_axes(),
-        clip_norm=opt.clip_norm,
-        weight_decay=opt.weight_decay,
-        step_offset=opt.step_offset,
+        opt.name, schedule, model.logical_axes(), clip_norm=opt.clip_norm, weight_decay=opt.weight_decay
     )
+    abstract = abstract_state(model, tx, mesh)
+    fingerprint = records.fingerprint()
+    if run_directory.has_begun(out):
+        for note in run_directory.check_same_run(out, config, fingerprint):
+            observer.note(note)
 
     checkpointer = Checkpointer(out / "checkpoints", config.train.keep_checkpoints)
     try:
-        state = _first_state(config, model, tx, mesh, checkpointer, observer)
+        state = _first_state(config, model, tx, mesh, abstract, checkpointer, observer)
+        run_directory.record(out, config, fingerprint)
         _announce(config, model, mesh, state, dataset, tokenizer, observer)
         log = MetricsLog(out, int(state.step))
         try:
@@ -134,7 +124,7 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """Returns the configuration with a model that fits the tokenizer; with `init_from` it must fit as it is.
 
     Raises:
-      InputError: the model has fewer embeddings than the tokenizer has tokens.
+      InputError: the model has fewer embeddings than the tokenizer has tokens, or other ids for pad or EOS.
     """
     model = config.model
     if config.fit_vocabulary and not config.init_from:
@@ -144,7 +134,15 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but {where} has embeddings for {model.vocab_size}"
         )
-    model = dataclasses.replace(model, pad_id=tokenizer.pad_id, eos_id=tokenizer.eos_id)
+    ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
+    default = TransformerConfig()
+    for name, ours in ids.items():
+        given = getattr(model, name)
+        if given != ours and (config.init_from or given != getattr(default, name)):
+            raise InputError(f"model.{name} is {given}, but the tokenizer's is {ours}")
+    if model.decoder_start_id == model.pad_id:  # T5's convention, whatever the id of the pad
+        ids["decoder_start_id"] = tokenizer.pad_id
+    model = dataclasses.replace(model, **ids)
     return dataclasses.replace(config, model=model, fit_vocabulary=False)
 
 
@@ -185,6 +183,7 @@ class _Run:
         for index, batch in prefetch(rows, done, cfg.steps):
             tokens = int(np.sum(batch["encoder_segment_ids"] > 0) + np.sum(batch["decoder_segment_ids"] > 0))
             state, step_metrics = train_step(state, sharding.put_batch(self.mesh, batch))
+            self.checkpointer.seal_finished()
             # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
             self._report(pending)
             step, pending = index + 1, (index + 1, step_metrics, tokens)
@@ -249,37 +248,15 @@ def _check_mesh(config: RunConfig, mesh: Mesh) -> None:
         raise InputError(f"{error}; {detail} = {rows} rows at a time") from None
 
 
-def _claim(out: Path, config: RunConfig, records: recipe.Records) -> None:
-    """Writes config.yaml and the data's fingerprint, or checks that those in the run directory are of this run."""
-    path, fingerprint = out / "config.yaml", out / "data.sha256"
-    digest = records.fingerprint()
-    if fingerprint.exists() and fingerprint.read_text() != digest:
-        raise InputError(
-            f"the data of {config.data.path} is not what the run in out={out} began with, so it cannot be continued"
-            f" exactly; start another with out= and init_from={out}"
-        )
-    fingerprint.write_text(digest)
-    if path.exists():
-        old = configuration.flatten(configuration.resolve(path).config)
-        for key, value in configuration.flatten(config).items():
-            if key not in MAY_CHANGE and old[key] != value:
-                raise InputError(
-                    f"out={out} holds a run with {key}={old[key]}, not {value}; give another out= for another run"
-                )
-    partial = path.with_suffix(".partial")
-    configuration.save(config, partial)
-    partial.rename(path)
-
-
 def _first_state(
     config: RunConfig,
     model: Transformer,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    abstract: TrainState,
     checkpointer: Checkpointer,
     observer: Observer,
 ) -> TrainState:
-    abstract = abstract_state(model, tx, mesh)
     state, notes = checkpointer.restore(abstract)
     for note in notes:
         observer.note(note)
@@ -290,7 +267,7 @@ def _first_state(
         return init_state(model, tx, mesh, config.train.seed)
     from t5x_lite.language_model import load_params
 
-    params, notes = load_params(config.init_from, abstract.params)
+    params, _, notes = load_params(config.init_from, abstract.params)
     for note in notes:
         observer.note(note)
     return init_state(model, tx, mesh, config.train.seed, params)

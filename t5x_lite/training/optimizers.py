@@ -82,9 +82,10 @@ def adafactor(
       learning_rate: relative to the parameter's RMS.
       is_stacked: tree of bools, from `stacked`.
       decay_rate: exponent of the second moment's decay.
-      step_offset: subtracted from the optimizer's step count `t` in the decay. The count of a fresh optimizer is 0, so
-        0 is right for training and for fine-tuning from a checkpoint's parameters; T5X restores the count with the
-        parameters and needs the number of pre-training steps here.
+      step_offset: steps of the optimizer's count `t` that the decay leaves out, never more than there are. A fresh
+        optimizer counts from 0, so 0 is right for training and for fine-tuning from a checkpoint's parameters. T5X
+        restores the count with the parameters; whoever does the same with fresh moments gives the number of
+        pre-training steps here, or the first gradients would hardly enter the moments.
       clipping_threshold: of the update's RMS.
       min_dim_size_to_factor: matrices smaller than this on a side keep the full moment.
     """
@@ -105,7 +106,6 @@ def make_optimizer(
     *,
     clip_norm: float = 0.0,
     weight_decay: float = 0.0,
-    step_offset: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
 ) -> optax.GradientTransformation:
@@ -118,7 +118,6 @@ def make_optimizer(
       clip_norm: global norm that gradients are clipped to; 0: not at all.
       weight_decay: decoupled: each step subtracts `learning_rate * weight_decay * parameter`, for both optimizers.
         (Optax's and T5X's own Adafactor leave the learning rate out, and so decay a thousand times harder at 1e-3.)
-      step_offset: see `adafactor`.
       b1: first-moment decay of AdamW.
       b2: second-moment decay of AdamW.
 
@@ -132,7 +131,7 @@ def make_optimizer(
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     mask = decayed(logical_axes)
     if name == "adafactor":
-        parts.append(adafactor(learning_rate, stacked(logical_axes), step_offset=step_offset))
+        parts.append(adafactor(learning_rate, stacked(logical_axes)))
         if weight_decay:
             # After the scaling by parameter RMS, which is no business of the decay's, but with the learning rate.
             decay = optax.chain(

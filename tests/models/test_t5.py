@@ -136,7 +136,7 @@ def test_a_fresh_model_predicts_nothing_in_particular(name: str, random_batch: A
         sums = batch_loss(model, model.init(key, tiny_tokens())["params"], batch)
         return sums.cross_entropy / sums.weight
 
-    # A head that is scaled but not tied, or the reverse, is outside: ln V + 16 for v1.0 without its scale.
+    # A head that is scaled but not tied, or the reverse, is outside: ln V + 13 for v1.0 without its scale.
     assert 0.0 <= fresh_loss(jax.random.key(0), batch) - math.log(config.vocab_size) <= 1.0
 
 
@@ -209,7 +209,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(
         assert logits.dtype == np.float32
         # Not numbers of bfloat16 in float32's clothes ...
         assert np.any(logits != logits.astype(jnp.bfloat16).astype(np.float32))
-        # ... and as near as eight bits through five layers may be: 1 to 2 % of a logit's usual size here.
+        # ... and as near as eight bits through five layers may be: 1 % of a logit's usual size was seen.
         assert np.sqrt(np.mean((logits - wanted) ** 2)) < 0.03 * np.std(wanted)
 
 
@@ -248,7 +248,7 @@ def test_padding_changes_nothing(tiny_config: Any, random_params: Any) -> None:
         "decoder_input_tokens": rng.integers(2, 256, (2, 7)).astype(np.int32),
     }
     wanted = apply(tiny_config, params, alone)
-    for pads in (1, 5, 64):
+    for pads in (1, 64):
         padded = {name: np.pad(tokens, ((0, 0), (0, pads))) for name, tokens in alone.items()}
         got = apply(tiny_config, params, padded)
         assert np.all(np.isfinite(got))

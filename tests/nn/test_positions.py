@@ -1,3 +1,4 @@
+import functools
 from fractions import Fraction
 
 import jax
@@ -48,16 +49,20 @@ def bias_module(bidirectional: bool) -> tuple[RelativeBias, dict]:
     return module, {"params": {"table": table}}
 
 
-def naive(table: jax.Array, t: int, s: int, bidirectional: bool) -> jax.Array:
-    buckets = np.array([[bucket_of(j - i, bidirectional, 8, 16) for j in range(s)] for i in range(t)])
-    return jnp.transpose(table[buckets], (2, 0, 1))[None]
+@functools.lru_cache
+def buckets_of(t: int, s: int, bidirectional: bool) -> np.ndarray:
+    return np.array([[bucket_of(j - i, bidirectional, 8, 16) for j in range(s)] for i in range(t)])
+
+
+def naive(table: jax.Array, t: int, s: int, bidirectional: bool) -> np.ndarray:
+    return np.transpose(np.asarray(table)[buckets_of(t, s, bidirectional)], (2, 0, 1))[None]
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 9), (9, 1), (12, 12), (7, 40), (40, 7)])
+@pytest.mark.parametrize(("t", "s"), [(1, 1), (9, 1), (12, 12), (7, 40)])
 def test_diagonal_layout_equals_looking_up_every_pair(t: int, s: int, bidirectional: bool) -> None:
     module, variables = bias_module(bidirectional)
-    got = module.apply(variables, t, s)
+    got = jax.jit(lambda variables: module.apply(variables, t, s))(variables)
     assert got.shape == (1, 3, t, s)
     np.testing.assert_array_equal(got, naive(variables["params"]["table"], t, s, bidirectional))
 
@@ -75,9 +80,9 @@ def test_decoding_positions_give_the_rows_of_the_whole_bias(bidirectional: bool)
 def test_gradient_of_the_table_equals_the_naive_one(t: int, s: int) -> None:
     module, variables = bias_module(True)
     upstream = jax.random.normal(jax.random.key(1), (1, 3, t, s))
-    got = jax.grad(lambda table: jnp.vdot(module.apply({"params": {"table": table}}, t, s), upstream))(
-        variables["params"]["table"]
-    )
-    expected = jax.grad(lambda table: jnp.vdot(naive(table, t, s, True), upstream))(variables["params"]["table"])
+    table = variables["params"]["table"]
+    got = jax.jit(jax.grad(lambda table: jnp.vdot(module.apply({"params": {"table": table}}, t, s), upstream)))(table)
+    expected = np.zeros(table.shape)
+    np.add.at(expected, buckets_of(t, s, True), np.transpose(upstream[0], (1, 2, 0)))
     # Sums of up to 150 numbers of size 1 in two orders: 150 * 2 ** -24 at worst, 1e-5.
     np.testing.assert_allclose(got, expected, atol=1e-5)

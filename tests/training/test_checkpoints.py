@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,8 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite import sharding
 from t5x_lite.errors import InputError
+from t5x_lite.run_directory import complete_steps
 from t5x_lite.training import checkpoints
-from t5x_lite.training.checkpoints import Checkpointer, complete_steps
+from t5x_lite.training.checkpoints import Checkpointer
 from t5x_lite.training.state import TrainState
 
 
@@ -122,8 +124,40 @@ def test_all_damaged_is_an_error_that_names_them(tmp_path: Path) -> None:
     save_all(tmp_path, [1, 2])
     flip_a_bit(tmp_path / "1")
     truncate(tmp_path / "2")
-    with pytest.raises(InputError, match=r"no readable checkpoint is left .*/2 .*/1 "):
+    for _ in range(2):  # asking again is no way to lose them
+        with pytest.raises(InputError, match=r"no readable checkpoint is left .*/2 .*/1 "):
+            Checkpointer(tmp_path).restore(abstract(make_state(1)))
+        assert complete_steps(tmp_path) == [1, 2]
+
+
+def test_nothing_begins_anew_over_checkpoints_that_were_set_aside(tmp_path: Path) -> None:
+    save_all(tmp_path / "checkpoints", [1])
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.unreadable")
+    with pytest.raises(InputError, match="no readable checkpoint is left"):
+        Checkpointer(tmp_path / "checkpoints").restore(abstract(make_state(1)))
+
+
+def test_a_fault_that_is_not_in_the_files_sets_nothing_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_all(tmp_path, [1, 2])
+
+    def busy(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: try again")
+
+    monkeypatch.setattr(checkpoints.ocp.StandardCheckpointer, "restore", busy)
+    with pytest.raises(RuntimeError, match="try again"):
         Checkpointer(tmp_path).restore(abstract(make_state(1)))
+    assert complete_steps(tmp_path) == [1, 2]
+
+
+def test_a_checkpoint_is_sealed_as_soon_as_it_is_complete(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(make_state(1))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "1" / checkpoints.CHECKSUMS).exists() and time.monotonic() < deadline:
+        checkpointer.seal_finished()
+        time.sleep(0.01)
+    assert (tmp_path / "1" / checkpoints.CHECKSUMS).exists()
+    checkpointer.close()
 
 
 def test_a_half_written_directory_is_not_a_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""A run's directory: whether the run has begun, who works in it, and whether a configuration is still its own.
+
+A run has begun when it has a checkpoint. Until then a start may be corrected at will, and everything in the directory
+is written anew; from then on configuration, tokenizer and data are fixed, because the promise is to continue exactly.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from t5x_lite.config import RunConfig, flatten, resolve, save
+from t5x_lite.errors import InputError
+
+UNREADABLE = ".unreadable"  # suffix of a damaged checkpoint that was set aside
+
+# What may differ between two starts of one run; anything else would make it another run.
+MAY_CHANGE = (
+    "mesh",
+    "out",
+    "fit_vocabulary",
+    "data.path",  # files may move; what is in them may not change, which the fingerprint tells
+    "data.eval_path",
+    "data.split",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.remat",
+)
+
+
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a `checkpoints/` directory, ascending."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def has_begun(out: Path) -> bool:
+    """Returns whether the run in `out` has a checkpoint, readable or set aside."""
+    checkpoints = out / "checkpoints"
+    return bool(complete_steps(checkpoints)) or any(checkpoints.glob(f"*{UNREADABLE}"))
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Keeps other processes from training in `out`; a process that is killed lets go.
+
+    Raises:
+      InputError: another process trains there, or `out` cannot be a directory.
+    """
+    import fcntl
+
+    if not str(out).strip() or str(out) == ".":
+        raise InputError("out= is empty; give the run a directory of its own, such as out=runs/first")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"out={out} cannot be a run directory: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is training in out={out}") from None
+        yield
+
+
+def check_same_run(out: Path, config: RunConfig, fingerprint: str) -> list[str]:
+    """Checks that a run which has begun can be continued with this configuration and data.
+
+    Args:
+      out: the run directory.
+      config: what is asked for now.
+      fingerprint: of the data that is there now.
+
+    Returns:
+      A line about each change that is allowed but matters.
+
+    Raises:
+      InputError: something differs that may not.
+    """
+    old = flatten(resolve(out / "config.yaml").config)
+    new = flatten(config)
+    for key, value in new.items():
+        if key not in MAY_CHANGE and old[key] != value:
+            raise InputError(
+                f"out={out} holds a run with {key}={old[key]}, not {value}; give another out= for another run"
+            )
+    if (out / "data.sha256").read_text() != fingerprint:
+        raise InputError(
+            f"the data of {config.data.path} is not what the run in out={out} began with, so it cannot be continued"
+            f" exactly; start another with out= and init_from={out}"
+        )
+    steps = complete_steps(out / "checkpoints")
+    if steps and steps[-1] > config.train.steps:
+        raise InputError(
+            f"the run in out={out} has made {steps[-1]} steps already; train.steps={new['train.steps']} is less"
+        )
+    if old["train.steps"] != new["train.steps"] and config.optimizer.schedule in ("linear", "cosine"):
+        return [
+            f"train.steps was {old['train.steps']} and is {config.train.steps}: the {config.optimizer.schedule}"
+            " schedule now ends there, and the steps made so far followed the old one"
+        ]
+    return []
+
+
+def record(out: Path, config: RunConfig, fingerprint: str) -> None:
+    """Writes `config.yaml` and the data's fingerprint, each completely or not at all."""
+    partial = out / "config.partial"
+    partial.write_text(fingerprint)
+    partial.rename(out / "data.sha256")
+    save(config, partial)
+    partial.rename(out / "config.yaml")
