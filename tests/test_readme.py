@@ -43,7 +43,7 @@ def test_begins_with_the_two_commands() -> None:
     for line in INSTALL:
         install, then = line.split(" && ")
         for command in (install.replace("pip install", "pip install --quiet"), then):
-            assert command in (ROOT / ".ci" / "run").read_text()
+            assert f"\n{command}" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize("index", range(2, len(BLOCKS)))

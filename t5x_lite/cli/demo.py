@@ -6,8 +6,11 @@ corpus, evaluates both against a baseline, generates, saves, and loads again. Fa
 
 import argparse
 import json
+import resource
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +37,10 @@ PRETRAIN = (
     *MODEL,
     "model.dropout_rate=0",
     "tokenizer=unigram:2048",
-    "train.steps=600",
+    "train.steps=500",
     "train.batch_size=16",
     "train.input_length=64",
-    "train.checkpoint_every=300",
+    "train.checkpoint_every=250",
     "optimizer.schedule=linear",
     "optimizer.learning_rate=0.05",
     "optimizer.warmup_steps=20",
@@ -45,7 +48,7 @@ PRETRAIN = (
 FINETUNE = (
     "model.dropout_rate=0.1",
     "data.objective=text_to_text",
-    "train.steps=200",
+    "train.steps=150",
     "train.batch_size=32",
     "train.input_length=64",
     "train.target_length=8",
@@ -73,12 +76,15 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out and Path(args.out).exists():
         raise InputError(f"--out {args.out} exists already; give a new directory")
+    began = time.monotonic()
     out = Path(args.out or tempfile.mkdtemp(prefix="t5x-lite-demo-"))
     try:
         results, reports = demonstrate(out, args.settings)
     finally:
         if not args.out:
             shutil.rmtree(out, ignore_errors=True)
+    results["seconds"] = round(time.monotonic() - began, 1)
+    results["peak_memory_mb"] = _peak_memory_mb()
     if not args.json:
         print(*reports, sep="\n")
     show(results, args.json)
@@ -148,6 +154,11 @@ def _name_topics(lm: "LanguageModel", pairs: Sequence[tuple[str, str]]) -> list[
         f"fine-tuned model: {source[:70]}... -> {output} (truth: {target})"
         for (source, target), output in zip(pairs[:3], outputs, strict=True)
     ]
+
+
+def _peak_memory_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (10**6 if sys.platform == "darwin" else 1000)  # macOS counts bytes, Linux kilobytes
 
 
 def _same(lm: "LanguageModel", result: "TrainResult") -> bool:
