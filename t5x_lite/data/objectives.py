@@ -141,7 +141,7 @@ def check_sentinels(spans: int, sentinels: int) -> None:
     if spans > sentinels:
         raise InputError(
             f"{spans} spans but the tokenizer has {sentinels} sentinels (<extra_id_N>): use a shorter input_length, "
-            "a longer mean_span_length, a lower noise_density, or a tokenizer with more extra_ids"
+            "a longer mean_span_length, a lower noise_density, or a tokenizer with more sentinels"
         )
 
 

@@ -26,5 +26,5 @@ def parameter(
 
 
 def fan_in_normal(scale: float = 1.0) -> Initializer:
-    """Returns the initializer N(0, scale / fan_in), T5's default for kernels."""
+    """Returns the initializer N(0, scale / fan_in), as Mesh TensorFlow's T5 draws its kernels."""
     return jax.nn.initializers.variance_scaling(scale, "fan_in", "normal")

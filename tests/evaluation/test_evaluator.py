@@ -10,7 +10,7 @@ from t5x_lite.data.objectives import SpanCorruption
 from t5x_lite.data.pipeline import span_corruption_dataset, text_to_text_dataset
 from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
-from t5x_lite.evaluation.evaluator import evaluate, target_texts
+from t5x_lite.evaluation.evaluator import evaluate, generation_metrics, target_texts
 from t5x_lite.training.losses import LossSums
 
 
@@ -54,3 +54,22 @@ def test_nothing_to_evaluate_is_an_error() -> None:
     mesh = sharding.make_mesh("data:1", sharding.jax.devices()[:1])
     with pytest.raises(InputError, match="no examples to evaluate"):
         evaluate(eval_step, 1.0, [], ByteTokenizer(), mesh)
+
+
+def test_exact_match_is_of_what_the_tokenizer_can_write() -> None:
+    class Echo:
+        """Answers with its input; its tokenizer knows no upper case."""
+
+        class Lower(ByteTokenizer):
+            def encode(self, text: str) -> list[int]:
+                return super().encode(text.lower())
+
+        def require_tokenizer(self) -> ByteTokenizer:
+            return self.Lower()
+
+        def generate(self, texts: list[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
+            assert max_new_tokens == 5
+            return texts
+
+    pairs = [("yes", "Yes"), ("no", "no"), ("maybe", "never"), ("x", "X")]
+    assert generation_metrics(Echo(), pairs, max_new_tokens=5) == {"exact_match": 0.75}

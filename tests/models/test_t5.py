@@ -194,6 +194,23 @@ def test_dropout_is_off_unless_asked_for(tiny_config: Any, random_params: Any, r
     assert np.max(np.abs(first - apply(tiny_config, params, batch))) > 0.1
 
 
+def test_dropout_is_where_the_paper_has_it(tiny_config: Any, random_params: Any, random_batch: Any) -> None:
+    # Each dropout draws once. A stack: after the embedding and after the final norm. A layer, which stands once in the
+    # program because layers are scanned: on the weights and on the output of each attention, inside and after the
+    # feed-forward block. So 2 + 4 in the encoder and 2 + 6 in the decoder.
+    batch = random_batch(np.random.default_rng(0), 2, 6, 5, tiny_config.vocab_size)
+    model, params = build(tiny_config), random_params(tiny_config)
+
+    def forward(key: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, batch, enable_dropout=True, rngs={"dropout": key})
+
+    def draws(jaxpr: Any) -> int:
+        inner = [value.jaxpr for eqn in jaxpr.eqns for value in eqn.params.values() if hasattr(value, "jaxpr")]
+        return sum(eqn.primitive.name == "random_bits" for eqn in jaxpr.eqns) + sum(map(draws, inner))
+
+    assert draws(jax.make_jaxpr(forward)(jax.random.key(0)).jaxpr) == 14
+
+
 def test_bfloat16_compute_keeps_float32_parameters_and_logits(
     tiny_config: Any, v1_0_config: Any, random_params: Any, random_batch: Any
 ) -> None:
