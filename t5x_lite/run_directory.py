@@ -54,7 +54,7 @@ def lock(out: Path) -> Iterator[None]:
     import fcntl
 
     if not str(out).strip() or str(out) == ".":
-        raise InputError("out= is empty; give the run a directory of its own, such as out=runs/first")
+        raise InputError("out= is empty or the working directory; give the run one of its own, such as out=runs/first")
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")

@@ -1,5 +1,6 @@
 """From the configuration to tokenizer and datasets."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -101,10 +102,14 @@ def test_a_given_model_is_copied_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "second/spiece.model").read_bytes() == (tmp_path / "first/spiece.model").read_bytes()
 
 
-def test_a_run_keeps_the_tokenizer_it_has(tmp_path: Path) -> None:
-    recipe.obtain_tokenizer("unigram:200", 100, TEXTS, tmp_path / "tokenizer")
-    kept = recipe.run_tokenizer(RunConfig(out=str(tmp_path), tokenizer="unigram:200"), [])
-    assert kept.vocab_size == load_tokenizer(tmp_path / "tokenizer").vocab_size
+def test_a_run_keeps_its_tokenizer_from_its_first_checkpoint_on(tmp_path: Path) -> None:
+    config = RunConfig(out=str(tmp_path), tokenizer="unigram:200")
+    first = recipe.run_tokenizer(config, TEXTS)
+    # No checkpoint yet: what the configuration asks for is made anew.
+    assert recipe.run_tokenizer(dataclasses.replace(config, tokenizer="bytes"), []).vocab_size == 259
+    assert recipe.run_tokenizer(config, TEXTS).encode(TEXTS[3]) == first.encode(TEXTS[3])
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    assert recipe.run_tokenizer(config, []).encode(TEXTS[3]) == first.encode(TEXTS[3])
 
 
 def test_training_that_was_cut_short_leaves_no_tokenizer(tmp_path: Path) -> None:
