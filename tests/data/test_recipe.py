@@ -9,7 +9,7 @@ import pytest
 
 from t5x_lite.config import DataConfig, RunConfig, TrainConfig
 from t5x_lite.data import recipe
-from t5x_lite.data.tokenizers import ByteTokenizer, load_tokenizer
+from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
 
 
