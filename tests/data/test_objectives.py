@@ -215,9 +215,7 @@ def test_statistics_of_the_mask():
 
 
 def test_more_spans_than_sentinels():
-    message = (
-        r"12 spans but the tokenizer has 11 sentinels .*mean_span_length.*noise_density.*more sentinels"
-    )
+    message = r"12 spans but the tokenizer has 11 sentinels .*mean_span_length.*noise_density.*more sentinels"
     mask = T5.noise_mask(240, np.random.default_rng(0))
     with pytest.raises(InputError, match=message):
         T5.corrupt(np.ones(240, int), mask, ByteTokenizer().sentinels)
