@@ -1,7 +1,7 @@
 """The friendly face: a model, its parameters and its tokenizer in one object."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,7 @@ from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Batch, Transformer
-from t5x_lite.run_directory import complete_steps
-from t5x_lite.training.checkpoints import UnreadableCheckpoint, read
+from t5x_lite.training.checkpoints import load_params
 
 
 class Scores(NamedTuple):
@@ -179,39 +178,6 @@ def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = Non
         warnings.warn(note, stacklevel=2)
     tokenizer = load_tokenizer(run / "tokenizer") if (run / "tokenizer").exists() else None
     return LanguageModel(model, params, tokenizer, mesh, checkpoint)
-
-
-def load_params(path: str | Path, abstract: Any) -> tuple[Any, Path, list[str]]:
-    """Restores parameters from a run directory (its latest readable checkpoint) or from one checkpoint.
-
-    Args:
-      path: run directory or checkpoint.
-      abstract: tree of `jax.ShapeDtypeStruct`s: the dtypes and layouts wanted.
-
-    Returns:
-      The parameters, the checkpoint they are from, and a line about each that was damaged and passed over.
-
-    Raises:
-      InputError: no checkpoint, none that can be read, or one of another model.
-    """
-    notes: list[str] = []
-    for checkpoint in _candidates(Path(path).expanduser()):
-        try:
-            return read(checkpoint, {"params": abstract})["params"], checkpoint, notes
-        except UnreadableCheckpoint as error:
-            notes.append(str(error))
-    raise InputError("; ".join(notes) or f"{path} holds no checkpoint")
-
-
-def _candidates(path: Path) -> Iterator[Path]:
-    if path.parent.name == "checkpoints":
-        if not path.is_dir():
-            steps = ", ".join(map(str, complete_steps(path.parent))) or "none"
-            raise InputError(f"there is no checkpoint {path}; steps that are there: {steps}")
-        yield path.absolute()
-    else:
-        for step in reversed(complete_steps(path / "checkpoints")):
-            yield (path / "checkpoints" / str(step)).absolute()
 
 
 def _bucket(size: int, multiple: int) -> int:

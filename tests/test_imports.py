@@ -1,5 +1,6 @@
 """What an import brings in, and what no run may."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,39 @@ def test_tensorflow_datasets_works_without_tensorflow() -> None:
 
 def test_the_data_room_knows_no_jax() -> None:
     python("import sys, t5x_lite.data.recipe, t5x_lite.data.tasks\nassert 'jax' not in sys.modules")
+
+
+FLOORS = (
+    ("errors",),
+    ("sharding",),
+    ("nn",),
+    ("models",),
+    ("config",),
+    ("run_directory",),
+    ("data",),
+    ("decoding", "evaluation"),
+    ("training",),
+    ("language_model",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+
+
+def test_imports_only_go_down() -> None:
+    floor = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+    package = Path(__file__).parent.parent / "t5x_lite"
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("t5x_lite"):
+                parts = (node.module or "").split(".")[1:]
+                for used in parts[:1] or [alias.name for alias in node.names if alias.name in floor]:
+                    assert floor[used] < floor[room] or used == room, f"{path.name}:{node.lineno} imports {used}"
+
+
+def test_nothing_below_the_command_line_prints() -> None:
+    package = Path(__file__).parent.parent / "t5x_lite"
+    for path in sorted(package.rglob("*.py")):
+        if "cli" not in path.parts:
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), path

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,39 @@ def read(path: Path, items: dict[str, Any]) -> dict[str, Any]:
                     raise
                 raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
     return out
+
+
+def load_params(path: str | Path, abstract: Any) -> tuple[Any, Path, list[str]]:
+    """Restores parameters from a run directory (its latest readable checkpoint) or from one checkpoint.
+
+    Args:
+      path: run directory or checkpoint.
+      abstract: tree of `jax.ShapeDtypeStruct`s: the dtypes and layouts wanted.
+
+    Returns:
+      The parameters, the checkpoint they are from, and a line about each that was damaged and passed over.
+
+    Raises:
+      InputError: no checkpoint, none that can be read, or one of another model.
+    """
+    notes: list[str] = []
+    for checkpoint in _candidates(Path(path).expanduser()):
+        try:
+            return read(checkpoint, {"params": abstract})["params"], checkpoint, notes
+        except UnreadableCheckpoint as error:
+            notes.append(str(error))
+    raise InputError("; ".join(notes) or f"{path} holds no checkpoint")
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    if path.parent.name == "checkpoints":
+        if not path.is_dir():
+            steps = ", ".join(map(str, complete_steps(path.parent))) or "none"
+            raise InputError(f"there is no checkpoint {path}; steps that are there: {steps}")
+        yield path.absolute()
+    else:
+        for step in reversed(complete_steps(path / "checkpoints")):
+            yield (path / "checkpoints" / str(step)).absolute()
 
 
 def _check_shapes(path: Path, stored: Any, abstract: Any) -> None:

@@ -23,7 +23,7 @@ from t5x_lite.evaluation.evaluator import evaluate
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Transformer
-from t5x_lite.training.checkpoints import Checkpointer
+from t5x_lite.training.checkpoints import Checkpointer, load_params
 from t5x_lite.training.monitor import MetricsLog
 from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.schedules import make_schedule
@@ -265,8 +265,6 @@ def _first_state(
         return state
     if not config.init_from:
         return init_state(model, tx, mesh, config.train.seed)
-    from t5x_lite.language_model import load_params
-
     params, _, notes = load_params(config.init_from, abstract.params)
     for note in notes:
         observer.note(note)

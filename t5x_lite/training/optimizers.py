@@ -71,6 +71,8 @@ def adafactor(
     step_offset: int = 0,
     clipping_threshold: float = 1.0,
     min_dim_size_to_factor: int = 128,
+    weight_decay: float = 0.0,
+    decay_mask: Any = None,
 ) -> optax.GradientTransformation:
     """Adafactor as T5 was trained with (Shazeer and Stern 2018; T5X `adafactor.py`), from Optax's parts.
 
@@ -88,6 +90,9 @@ def adafactor(
         pre-training steps here, or the first gradients would hardly enter the moments.
       clipping_threshold: of the update's RMS.
       min_dim_size_to_factor: matrices smaller than this on a side keep the full moment.
+      weight_decay: each step also subtracts `learning_rate * weight_decay * parameter`. (Optax's and T5X's own leave
+        the learning rate out, and so decay a thousand times harder at 1e-3.)
+      decay_mask: tree of bools, which parameters decay; by default all.
     """
     scale = optax.chain(
         optax.scale_by_factored_rms(
@@ -96,7 +101,8 @@ def adafactor(
         optax.clip_by_block_rms(clipping_threshold),
         optax.scale_by_param_block_rms(),
     )
-    return optax.chain(per_layer(scale, is_stacked), optax.scale_by_learning_rate(learning_rate))
+    decay = [optax.add_decayed_weights(weight_decay, decay_mask)] if weight_decay else []
+    return optax.chain(per_layer(scale, is_stacked), *decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def make_optimizer(
@@ -116,8 +122,7 @@ def make_optimizer(
       learning_rate: a number or schedule.
       logical_axes: `Transformer.logical_axes()`; tells stacks of layers and matrices apart from the rest.
       clip_norm: global norm that gradients are clipped to; 0: not at all.
-      weight_decay: decoupled: each step subtracts `learning_rate * weight_decay * parameter`, for both optimizers.
-        (Optax's and T5X's own Adafactor leave the learning rate out, and so decay a thousand times harder at 1e-3.)
+      weight_decay: decoupled and multiplied by the learning rate, for both; norm scales and bias tables do not decay.
       b1: first-moment decay of AdamW.
       b2: second-moment decay of AdamW.
 
@@ -131,22 +136,7 @@ def make_optimizer(
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     mask = decayed(logical_axes)
     if name == "adafactor":
-        parts.append(adafactor(learning_rate, stacked(logical_axes)))
-        if weight_decay:
-            # After the scaling by parameter RMS, which is no business of the decay's, but with the learning rate.
-            decay = optax.chain(
-                optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
-            )
-            parts.append(_alongside(decay))
+        parts.append(adafactor(learning_rate, stacked(logical_axes), weight_decay=weight_decay, decay_mask=mask))
     else:
         parts.append(optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask))
     return optax.chain(*parts)
-
-
-def _alongside(other: optax.GradientTransformation) -> optax.GradientTransformation:
-    # Adds what `other` makes of a zero gradient to the updates that came in.
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        extra, state = other.update(jax.tree.map(jax.numpy.zeros_like, updates), state, params)
-        return jax.tree.map(jax.numpy.add, updates, extra), state
-
-    return optax.GradientTransformation(other.init, update)
