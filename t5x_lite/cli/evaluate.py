@@ -1,12 +1,13 @@
 """`t5x-lite eval`: the numbers of a run on held-out data."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 from t5x_lite.cli.main import SETTINGS_HELP
 from t5x_lite.cli.settings import read_settings
-from t5x_lite.config import run_directory
+from t5x_lite.config import Resolved, RunConfig, run_directory
 from t5x_lite.data import recipe
 
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the metrics and keeps them in the run's `eval/`."""
     resolved = read_settings(args.settings)
-    config = resolved.config
+    config = _with_given_data(resolved)
     recipe.check(config.data)
 
     from t5x_lite.cli.display import show
@@ -53,3 +54,12 @@ def run(args: argparse.Namespace) -> int:
     (folder / name).write_text(json.dumps({**result, "data": config.data.path}, indent=1))
     show(result, args.json)
     return 0
+
+
+def _with_given_data(resolved: Resolved) -> RunConfig:
+    # Whoever names a file here wants all of it evaluated, not the part that a training run would have held out.
+    config = resolved.config
+    given = [key for key in ("data.path", "data.eval_path") if resolved.origins[key] == "command line"]
+    if given == ["data.path"]:
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=config.data.path))
+    return config

@@ -52,7 +52,7 @@ def test_every_command_has_help(t5x, capsys: pytest.CaptureFixture[str]) -> None
         assert f"t5x-lite {command}" in capsys.readouterr().out
 
 
-def test_train_then_eval_then_generate(t5x, tiny_settings: list[str], tmp_path: Path) -> None:
+def test_train_then_eval_then_generate(t5x, tiny_settings: list[str], corpus_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     status, text, err = t5x("train", *tiny_settings, f"out={out}", "--json")
     assert status == 0, err
@@ -64,6 +64,10 @@ def test_train_then_eval_then_generate(t5x, tiny_settings: list[str], tmp_path: 
     evaluated = json.loads(text)
     assert {"loss", "perplexity", "bits_per_byte", "accuracy", "target_tokens"} <= evaluated.keys()
     assert json.loads((out / "eval" / "validation-12.json").read_text())["loss"] == evaluated["loss"]
+
+    # A file that is named is evaluated whole; the corpus is some fifty times its held-out part.
+    status, text, _ = t5x("eval", out, f"data.path={corpus_file}", "--json")
+    assert json.loads(text)["target_tokens"] > 20 * evaluated["target_tokens"]
 
     texts = ["the cat <extra_id_0> the letters in winter.", "nobody sells <extra_id_0> at night."]
     status, text, _ = t5x("generate", out, *texts, "--max-new-tokens", 6)
