@@ -159,8 +159,8 @@ class RunConfig:
       train: how long.
       optimizer: how.
       mesh: such as `data:4,model:2`; empty: all devices along `data`.
-      init_from: run directory or checkpoint whose parameters to start from. On the command line its model is the
-        default for `model.*`.
+      init_from: what to start from: a run directory, a checkpoint in one, a Hugging Face directory, or a T5X
+        checkpoint. On the command line its model is the default for `model.*`.
       out: the run directory. If it holds checkpoints, the run continues from the latest.
     """
 
@@ -187,7 +187,7 @@ class Resolved:
 def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Resolved:
     """Fills the configuration: defaults, then the model, then the YAML file, then `key=value` overrides.
 
-    The model is the preset that `model` names, else that of the run `init_from`, else t5-small.
+    The model is the preset that `model` names, else that of `init_from`, else t5-small.
 
     Args:
       path: a YAML file, nested as the dataclasses are; `model` may be a preset's name, or a mapping with `preset`.
@@ -233,9 +233,13 @@ def _base_model(given: dict[str, tuple[Any, str]]) -> tuple[TransformerConfig, s
         name = str(given.pop("model", (DEFAULT_MODEL, ""))[0])
         return preset(name), f"preset {name}"
     path = run_directory(origin) / "config.yaml"
-    if not path.exists():
-        raise InputError(f"init_from={origin} is not a run directory or a checkpoint in one: there is no {path}")
-    return resolve(path).config.model, f"init_from={origin}"
+    if path.exists():
+        return resolve(path).config.model, f"init_from={origin}"
+    from t5x_lite.interop import checkpoints  # here, because it imports JAX, which most commands can wait for
+
+    if not checkpoints.is_foreign(origin):
+        raise InputError(f"init_from={origin} is not a run directory (there is no {path}), nor {checkpoints.KINDS}")
+    return checkpoints.read_config(origin), f"init_from={origin}"
 
 
 def run_directory(path: str | Path) -> Path:

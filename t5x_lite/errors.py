@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class CheckpointMismatch(RuntimeError):
+    """A checkpoint's tensors are not the model's parameters; the message lists them."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Returns `"; did you mean 'x'?"` for the allowed name closest to `name`, or `""` when none is close."""
     match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)

@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 
 from t5x_lite import config as configuration
 from t5x_lite import sharding
-from t5x_lite.data.pipeline import encoder_decoder_batch
-from t5x_lite.data.tokenizers import Tokenizer, load_tokenizer
+from t5x_lite.data.pipeline import decoder_batch, encoder_decoder_batch
+from t5x_lite.data.tokenizers import Tokenizer, find_tokenizer
 from t5x_lite.decoding.generate import Generated, GenerationConfig, generate
 from t5x_lite.errors import InputError
+from t5x_lite.interop import checkpoints
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Batch, Transformer
@@ -65,7 +66,7 @@ class LanguageModel:
         return self.model.config
 
     def generate(self, texts: Sequence[str], *, batch_size: int = 32, **settings: Any) -> list[str]:
-        """Returns the greedy continuation of each text.
+        """Returns the greedy answer to each text, or where the model is a decoder alone its continuation.
 
         Args:
           texts: inputs; their number and lengths are padded up to powers of two, so that few shapes are compiled.
@@ -78,21 +79,39 @@ class LanguageModel:
         config = GenerationConfig(**settings)
         out: list[str] = []
         for start in range(0, len(texts), batch_size):
-            part = [self._encode(text) for text in texts[start : start + batch_size]]
-            batch = self._batch([(tokens, []) for tokens in part], target_length=1)
-            inputs = {key: value for key, value in batch.items() if key.startswith("encoder")}
-            tokens = np.asarray(self.generate_tokens(inputs, config).tokens)
+            part = texts[start : start + batch_size]
+            if self.config.num_encoder_layers:
+                batch = self._encoder_batch([self._framed(text) for text in part])
+            else:
+                prompts = [self._prompt(text) for text in part]
+                batch = self._decoder_batch([(prompt, []) for prompt in prompts])
+                batch = {key: batch[key] for key in ("decoder_input_tokens", "decoder_segment_ids")}
+            tokens = np.asarray(self.generate_tokens(batch, config).tokens)
             out += [tokenizer.decode(row.tolist()) for row in tokens[: len(part)]]
         return out
 
     def generate_tokens(self, batch: Batch, config: GenerationConfig | None = None) -> Generated:
-        """Returns tokens `[B, N]`, lengths and scores for a batch of token ids; see `decoding.generate`."""
+        """Returns tokens `[B, N]`, lengths and scores for a batch of token ids; see `decoding.generate`.
+
+        Raises:
+          InputError: prompt and new tokens are more than the model has positions for.
+        """
+        config = config or GenerationConfig()
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
+        prompt = 1
+        if "decoder_input_tokens" in batch:
+            tokens = np.asarray(batch["decoder_input_tokens"])
+            prompt = int(np.max(np.sum(np.asarray(batch.get("decoder_segment_ids", np.ones_like(tokens))) > 0, axis=1)))
+        # The last token is not read again.
+        self._check_length(prompt + config.max_new_tokens - 1, f"max_new_tokens {config.max_new_tokens} and the prompt")
         with jax.set_mesh(self.mesh):
-            return generate(self.model, self.params, dict(batch), config or GenerationConfig(), vocab_size=vocab_size)
+            return generate(self.model, self.params, dict(batch), config, vocab_size=vocab_size)
 
     def score(self, inputs: Sequence[str], targets: Sequence[str], *, batch_size: int = 32) -> Scores:
         """Returns the log-likelihood of each target given its input.
+
+        With an encoder a target ends in EOS, which counts. For a decoder alone it is the continuation of the input,
+        and nothing is added to it.
 
         Raises:
           InputError: the two have different lengths.
@@ -101,27 +120,34 @@ class LanguageModel:
             raise InputError(f"{len(inputs)} inputs for {len(targets)} targets")
         likelihoods, counts = [], []
         for start in range(0, len(inputs), batch_size):
-            pairs = [
-                (self._encode(source), self._encode(target))
-                for source, target in zip(
-                    inputs[start : start + batch_size], targets[start : start + batch_size], strict=True
-                )
-            ]
-            batch = self._batch(pairs, target_length=max(len(target) for _, target in pairs))
+            part = zip(inputs[start : start + batch_size], targets[start : start + batch_size], strict=True)
+            if self.config.num_encoder_layers:
+                batch = self._pairs_batch([(self._framed(source), self._framed(target)) for source, target in part])
+            else:
+                encode = self.require_tokenizer().encode
+                batch = self._decoder_batch([(self._prompt(source, True), encode(target)) for source, target in part])
+            rows = min(batch_size, len(inputs) - start)
             with jax.set_mesh(self.mesh):
                 scores = _log_likelihood(self.model, self.params, batch)
-            likelihoods.append(np.asarray(scores)[: len(pairs)])
-            counts += [len(target) for _, target in pairs]
-        return Scores(np.concatenate(likelihoods or [np.zeros(0, np.float32)]), np.array(counts, np.int32))
+            likelihoods.append(np.asarray(scores)[:rows])
+            counts.append(np.sum(batch["decoder_loss_weights"][:rows], axis=1).astype(np.int32))
+        empty = [np.zeros(0)]
+        return Scores(np.concatenate(likelihoods or empty), np.concatenate(counts or empty).astype(np.int32))
 
     def embed(self, texts: Sequence[str], *, batch_size: int = 32) -> list[np.ndarray]:
-        """Returns the encoder's hidden states of each text, float32 `[L_i, D]`, EOS included."""
+        """Returns the hidden states of each text, float32 `[L_i, D]`, special tokens around it included.
+
+        They are those of the encoder; where there is none, of the decoder.
+        """
         out: list[np.ndarray] = []
         for start in range(0, len(texts), batch_size):
-            part = [self._encode(text) for text in texts[start : start + batch_size]]
-            batch = self._batch([(tokens, []) for tokens in part], target_length=1)
+            part = [self._framed(text) for text in texts[start : start + batch_size]]
+            if self.config.num_encoder_layers:
+                batch = self._encoder_batch(part)
+            else:
+                batch = self._decoder_batch([(tokens, []) for tokens in part])
             with jax.set_mesh(self.mesh):
-                hidden = np.asarray(_encode(self.model, self.params, batch), np.float32)
+                hidden = np.asarray(_hidden_states(self.model, self.params, batch), np.float32)
             out += [hidden[row, : len(tokens)] for row, tokens in enumerate(part)]
         return out
 
@@ -135,49 +161,101 @@ class LanguageModel:
             raise InputError("this checkpoint has no tokenizer; use generate_tokens with token ids")
         return self.tokenizer
 
-    def _encode(self, text: str) -> list[int]:
-        return [*self.require_tokenizer().encode(text), self.config.eos_id]
+    def _framed(self, text: str) -> list[int]:
+        tokenizer = self.require_tokenizer()
+        return [*tokenizer.prefix_ids, *tokenizer.encode(text), *tokenizer.suffix_ids]
 
-    def _batch(self, pairs: Sequence[tuple[list[int], list[int]]], target_length: int) -> Mapping[str, np.ndarray]:
-        examples = [(np.array(source, np.int32), np.array(target, np.int32)) for source, target in pairs]
+    def _prompt(self, text: str, or_start: bool = False) -> list[int]:
+        tokenizer = self.require_tokenizer()
+        prompt = [*tokenizer.prefix_ids, *tokenizer.encode(text)]
+        if not prompt and not or_start:
+            raise InputError("an empty text is no prompt for this model: its texts begin with no special token")
+        return prompt or [self.config.decoder_start_id]
+
+    def _check_length(self, length: int, what: str) -> None:
+        limit = self.config.max_positions
+        if self.config.positions == "learned" and length > limit:
+            raise InputError(f"{what} take {length} positions, but the model has {limit}")
+
+    def _length(self, sequences: Sequence[Sequence[int]]) -> int:
+        longest = max(len(sequence) for sequence in sequences)
+        self._check_length(longest, f"the {longest} tokens of a text")
+        bucket = _bucket(longest, 16)
+        return min(bucket, self.config.max_positions) if self.config.positions == "learned" else bucket
+
+    def _pairs_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, np.ndarray]:
         return encoder_decoder_batch(
-            examples,
-            rows=_bucket(len(pairs), sharding.axis_size(self.mesh, sharding.RULES["batch"])),
-            input_length=_bucket(max(len(source) for source, _ in pairs), 16),
-            target_length=_bucket(target_length, 16),
-            pad_id=self.config.pad_id,
+            [(np.array(source, np.int32), np.array(target, np.int32)) for source, target in pairs],
+            rows=self._rows(pairs),
+            input_length=self._length([source for source, _ in pairs]),
+            target_length=self._length([target for _, target in pairs]),
+            pad_id=self.config.fill_id,
             decoder_start_id=self.config.decoder_start_id,
         )
 
+    def _encoder_batch(self, sequences: Sequence[list[int]]) -> Mapping[str, np.ndarray]:
+        batch = self._pairs_batch([(tokens, []) for tokens in sequences])
+        return {key: value for key, value in batch.items() if key.startswith("encoder")}
 
-def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = None) -> LanguageModel:
-    """Loads a model that t5x_lite has trained.
+    def _decoder_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, np.ndarray]:
+        return decoder_batch(
+            pairs,
+            rows=self._rows(pairs),
+            length=self._length([[*prompt, *target] for prompt, target in pairs]),
+            pad_id=self.config.fill_id,
+        )
+
+    def _rows(self, examples: Sequence[Any]) -> int:
+        return _bucket(len(examples), sharding.axis_size(self.mesh, sharding.RULES["batch"]))
+
+
+def load(
+    path: str | Path,
+    dtype: str = "float32",
+    mesh: Mesh | str | None = None,
+    *,
+    allow_missing: Sequence[str] = (),
+    config: TransformerConfig | None = None,
+) -> LanguageModel:
+    """Loads a model: one that t5x_lite has trained, or a published one.
 
     Args:
-      path: a run directory, or one of its checkpoints, `run/checkpoints/1000`.
+      path: a run directory; one of its checkpoints, `run/checkpoints/1000`; a Hugging Face directory, with
+        safetensors or `pytorch_model.bin`; or a T5X or Mesh TensorFlow checkpoint of the T5 family.
       dtype: of computation and parameters, float32 or bfloat16.
       mesh: a mesh or its description, such as `model:8`; by default one device.
+      allow_missing: patterns such as `classifier/*` of parameters that a Hugging Face file may lack; they are drawn
+        afresh.
+      config: of the model, where a published checkpoint does not say all of it; by default what it says.
 
-    A damaged checkpoint is passed over for the one before, with a warning that names it.
+    A damaged checkpoint of a run is passed over for the one before, with a warning that names it.
 
     Raises:
       InputError: nothing there that can be loaded.
+      CheckpointMismatch: a published model whose tensors are not exactly the model's parameters.
     """
     run = configuration.run_directory(path)
-    if not (run / "config.yaml").exists():
-        raise InputError(f"{path} is not a run directory: it has no config.yaml")
-    model = build(configuration.resolve(run / "config.yaml").config.model, dtype)
+    ours = (run / "config.yaml").exists()
+    if not ours and not checkpoints.is_foreign(path):
+        raise InputError(f"{path} is not a run directory (it has no config.yaml), nor {checkpoints.KINDS}")
+    if ours and allow_missing:
+        raise InputError(f"allow_missing is for Hugging Face directories; {path} is a run of ours, and complete")
+    if config is None:
+        config = configuration.resolve(run / "config.yaml").config.model if ours else checkpoints.read_config(path)
+    model = build(config, dtype)
     if not isinstance(mesh, Mesh):
         mesh = sharding.make_mesh(mesh) if mesh else sharding.make_mesh("data:1", jax.devices()[:1])
     sharding.check_divides(mesh, model.config.sharded_sizes())
     shapes = model.param_shapes()
     layouts = sharding.tree_shardings(mesh, model.logical_axes(), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s), shapes, layouts)
+    if not ours:
+        params = checkpoints.load_params(path, config, abstract, allow_missing=allow_missing)
+        return LanguageModel(model, params, find_tokenizer(path), mesh)
     params, checkpoint, notes = load_params(path, abstract)
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    tokenizer = load_tokenizer(run / "tokenizer") if (run / "tokenizer").exists() else None
-    return LanguageModel(model, params, tokenizer, mesh, checkpoint)
+    return LanguageModel(model, params, find_tokenizer(run / "tokenizer"), mesh, checkpoint)
 
 
 def _bucket(size: int, multiple: int) -> int:
@@ -196,6 +274,6 @@ def _log_likelihood(model: Transformer, params: Any, batch: Batch) -> jax.Array:
 
 
 @jax.jit(static_argnums=0)
-def _encode(model: Transformer, params: Any, batch: Batch) -> jax.Array:
-    encoded: Any = model.apply({"params": params}, batch, method="encode")
-    return encoded
+def _hidden_states(model: Transformer, params: Any, batch: Batch) -> jax.Array:
+    hidden: Any = model.apply({"params": params}, batch, method="hidden_states")
+    return hidden

@@ -82,6 +82,8 @@ def check_same_run(out: Path, config: RunConfig, fingerprint: str) -> list[str]:
     Raises:
       InputError: something differs that may not.
     """
+    if not (out / "data.sha256").exists():
+        raise InputError(f"out={out} holds an imported model; to train it give another out= and init_from={out}")
     old = flatten(resolve(out / "config.yaml").config)
     new = flatten(config)
     for key, value in new.items():

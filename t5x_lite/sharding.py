@@ -29,8 +29,12 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "vocab": "model",
     "embed": "fsdp",
     "heads": "model",  # also the joined `heads * head_dim` columns of the attention kernels
+    "kv_heads": "model",  # of grouped-query attention
     "mlp": "model",
     "buckets": None,
+    "positions": None,
+    "types": None,
+    "labels": None,
     # Activations (with "heads", "mlp" and "vocab" from above).
     "batch": ("data", "fsdp"),
     "length": None,

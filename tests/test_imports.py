@@ -45,6 +45,7 @@ FLOORS = (
     ("sharding",),
     ("nn",),
     ("models",),
+    ("interop",),
     ("config",),
     ("run_directory",),
     ("data",),

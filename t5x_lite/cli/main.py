@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from t5x_lite import __version__
-from t5x_lite.errors import InputError, nearest
+from t5x_lite.errors import CheckpointMismatch, InputError, nearest
 
 # Command to module of this package and what `--help` says. A module has `add_arguments(parser)` and `run(args)`, or,
 # where the command has `ACTIONS`, a second word, `add_arguments(parser, action)`.
@@ -20,6 +20,8 @@ COMMANDS = {
     "train": ("train", "pre-train or fine-tune, or continue a run"),
     "eval": ("evaluate", "loss, perplexity and bits per byte of a run on held-out data"),
     "generate": ("generate", "text from a trained model"),
+    "import": ("import_checkpoint", "a Hugging Face or T5X checkpoint into a run directory"),
+    "export": ("export", "a run into a Hugging Face directory"),
     "tokenizer": ("tokenizer", "train a SentencePiece tokenizer, or check one on a text"),
     "data": ("data", "show examples as the model sees them"),
     "config": ("config", "show every setting and where its value comes from"),
@@ -47,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"t5x-lite: {error}", file=sys.stderr)
         return 2
+    except CheckpointMismatch as error:  # a list: what is in the file, and what is in the model
+        if traceback:
+            raise
+        print(f"t5x-lite: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         if traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return _failed(error, traceback)
@@ -79,7 +86,7 @@ def _print_warning(message: Warning | str, *details: Any) -> None:
 def _run(argv: list[str]) -> int:
     parser = _Parser(
         prog="t5x-lite",
-        description="T5-family language models in JAX.",
+        description="Transformer language models in JAX.",
         epilog="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

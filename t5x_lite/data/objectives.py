@@ -4,11 +4,18 @@ import dataclasses
 
 import numpy as np
 
-from t5x_lite.data.tokenizers import Tokenizer
+from t5x_lite.data.tokenizers import Tokenizer, require_eos
 from t5x_lite.errors import InputError
 
 Example = tuple[np.ndarray, np.ndarray]
 """Inputs and targets, int32 [input length] and [target length], each ending in EOS; the lengths vary by example."""
+
+
+def frame(tokens: np.ndarray, tokenizer: Tokenizer, max_length: int) -> np.ndarray:
+    """Returns int32 `tokens` between `prefix_ids` and `suffix_ids` (T5: an EOS after them), cut to fit `max_length`."""
+    prefix, suffix = tokenizer.prefix_ids, tokenizer.suffix_ids
+    kept = tokens[: max_length - len(prefix) - len(suffix)]
+    return np.concatenate([prefix, kept, suffix]).astype(np.int32)
 
 
 def append_eos(tokens: np.ndarray, eos_id: int, max_length: int | None = None) -> np.ndarray:
@@ -91,7 +98,8 @@ class SpanCorruption:
     def __call__(self, tokens: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> Example:
         """Corrupts int `tokens` [n] afresh and closes both sides with EOS; raises what `corrupt` raises."""
         inputs, targets = self.corrupt(tokens, self.noise_mask(len(tokens), rng), tokenizer.sentinels)
-        return append_eos(inputs, tokenizer.eos_id), append_eos(targets, tokenizer.eos_id)
+        eos_id = require_eos(tokenizer)
+        return append_eos(inputs, eos_id), append_eos(targets, eos_id)
 
     def _noise(self, length: int) -> tuple[int, int]:
         """Returns the numbers of noise tokens and of noise spans for a text of `length` tokens."""
@@ -147,10 +155,10 @@ def check_sentinels(spans: int, sentinels: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TextToText:
-    """Supervised text in, text out: each side cut to its length and closed with EOS.
+    """Supervised text in, text out: each side cut to its length, in the special tokens that its model knows.
 
     Attributes:
-        input_length: the most tokens of the inputs, EOS included; at least 2.
+        input_length: the most tokens of the inputs, special ones included; at least 2.
         target_length: the same for the targets.
     """
 
@@ -162,11 +170,11 @@ class TextToText:
             if getattr(self, name) < 2:
                 raise InputError(f"{name} {getattr(self, name)}: must be at least 2, one token and EOS")
 
-    def __call__(self, inputs: np.ndarray, targets: np.ndarray, eos_id: int) -> Example:
-        """Returns the int tokens `inputs` [n] and `targets` [m] cut and closed with EOS."""
-        return append_eos(inputs, eos_id, self.input_length), append_eos(targets, eos_id, self.target_length)
+    def __call__(self, inputs: np.ndarray, targets: np.ndarray, tokenizer: Tokenizer) -> Example:
+        """Returns the int tokens `inputs` [n] and `targets` [m] cut to fit, with the special tokens around them."""
+        return frame(inputs, tokenizer, self.input_length), frame(targets, tokenizer, self.target_length)
 
     def encode(self, pair: tuple[str, str], tokenizer: Tokenizer) -> Example:
-        """Returns a pair of texts as tokens, cut and closed with EOS."""
+        """Returns a pair of texts as tokens, cut to fit, with the special tokens around them."""
         inputs, targets = (np.array(ids, np.int32) for ids in tokenizer.encode_batch(list(pair)))
-        return self(inputs, targets, tokenizer.eos_id)
+        return self(inputs, targets, tokenizer)

@@ -172,6 +172,34 @@ def encoder_decoder_batch(
     }
 
 
+def decoder_batch(
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]], *, rows: int, length: int, pad_id: int
+) -> Batch:
+    """Lays (prompt, continuation) pairs out for a decoder alone, the rows after the last example being padding.
+
+    Returns:
+        int32 `decoder_input_tokens` (prompt and continuation), `decoder_target_tokens` (the same, a place to the left),
+        `decoder_segment_ids`, and float32 `decoder_loss_weights`, 1 where the target is of the continuation; all
+        [rows, length].
+
+    Raises:
+        InputError: if an example is longer than its row.
+    """
+    whole = [np.array([*prompt, *continuation], np.int32) for prompt, continuation in examples]
+    tokens, segments = _pad(whole, rows, length, pad_id)
+    targets = np.concatenate([tokens[:, 1:], np.full((rows, 1), pad_id, np.int32)], axis=1)
+    weights = np.zeros((rows, length), np.float32)
+    for row, (prompt, continuation) in enumerate(examples):
+        if continuation:
+            weights[row, len(prompt) - 1 : len(prompt) + len(continuation) - 1] = 1.0
+    return {
+        "decoder_input_tokens": tokens,
+        "decoder_target_tokens": targets,
+        "decoder_segment_ids": segments,
+        "decoder_loss_weights": weights,
+    }
+
+
 def _pad(sequences: Sequence[np.ndarray], rows: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.full((rows, length), pad_id, np.int32)
     segments = np.zeros((rows, length), np.int32)
@@ -238,7 +266,7 @@ def text_to_text_dataset(
     seed: int,
     decoder_start_id: int | None = None,
 ) -> Dataset:
-    """Builds a dataset of (inputs, targets) texts, each side cut to its length and closed with EOS.
+    """Builds a dataset of (inputs, targets) texts, each side cut to its length, in its special tokens (T5: an EOS).
 
     The result's `truncated_inputs` and `truncated_targets` count what was cut.
 
@@ -251,8 +279,10 @@ def text_to_text_dataset(
     inputs = tokenize((pair[0] for pair in pairs), tokenizer)
     targets = tokenize((pair[1] for pair in pairs), tokenizer)
 
+    special = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
+
     def example(index: int, rng: np.random.Generator) -> Example:
-        return objective(inputs[index], targets[index], tokenizer.eos_id)
+        return objective(inputs[index], targets[index], tokenizer)
 
     return Dataset(
         example=example,
@@ -263,8 +293,8 @@ def text_to_text_dataset(
         seed=seed,
         tokenizer=tokenizer,
         decoder_start_id=decoder_start_id,
-        truncated_inputs=int((inputs.lengths > input_length - 1).sum()),
-        truncated_targets=int((targets.lengths > target_length - 1).sum()),
+        truncated_inputs=int((inputs.lengths > input_length - special).sum()),
+        truncated_targets=int((targets.lengths > target_length - special).sum()),
     )
 
 

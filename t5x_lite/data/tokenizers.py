@@ -3,17 +3,32 @@
 import dataclasses
 import io
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from t5x_lite.data.huggingface_tokenizers import (
+    CONFIG,
+    FAIRSEQ_MODEL,
+    KIND,
+    LayeredSentencePieceTokenizer,
+    ModelDirectory,
+    is_layered,
+    load_tokenizer_json,
+    load_vocabulary_files,
+    until,
+    vocabulary_files,
+    write_config,
+)
 from t5x_lite.errors import InputError, nearest
 
-_CONFIG = "tokenizer_config.json"
-_KIND = "t5x_lite_tokenizer"  # a key that Hugging Face's file of the same name does not have
 _MODEL_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
+# "" for a directory that does not say: sentencepiece alone, as Google's own directories are.
+_SENTENCEPIECE_CLASSES = (
+    *("", "T5Tokenizer", "LlamaTokenizer"),
+    *("MBartTokenizer", "MBart50Tokenizer", "XLMRobertaTokenizer"),
+)
 _SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,4})>")
 # 1000 characters stay under SentencePiece's limit of 4192 bytes a sentence, above which it drops the sentence.
 _SENTENCE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)
@@ -22,19 +37,30 @@ _SENTENCE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `sentinels` holds the ids of `<extra_id_0>`, `<extra_id_1>`, ... in this order; `bos_id` is None where the
-    vocabulary has none. Every other id is below `vocab_size`, which counts the sentinels.
+    Attributes:
+        vocab_size: every id is below it; it counts the sentinels.
+        pad_id: EOS, where the vocabulary has no pad token.
+        eos_id: None where the vocabulary has none, as GPT-1's; see `require_eos`.
+        unk_id: None where the vocabulary has none.
+        bos_id: likewise.
+        mask_id: likewise; the mask of a masked language model.
+        sentinels: the ids of `<extra_id_0>`, `<extra_id_1>`, ... in this order; empty where there are none.
+        prefix_ids: what models with this tokenizer expect before a text: BART's and Llama's BOS, BERT's `[CLS]`.
+        suffix_ids: what they expect after it: the EOS of T5 and BART, BERT's `[SEP]`, mBART's EOS and language.
     """
 
     vocab_size: int
     pad_id: int
-    eos_id: int
-    unk_id: int
+    eos_id: int | None
+    unk_id: int | None
     bos_id: int | None
+    mask_id: int | None
     sentinels: tuple[int, ...]
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without EOS; a literal `<extra_id_N>` becomes its sentinel."""
+        """Returns the ids of a text, without prefix and suffix; a literal `<extra_id_N>` becomes its sentinel."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -46,7 +72,10 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, directory: str | Path) -> None:
-        """Writes the files from which `load_tokenizer(directory)` rebuilds this tokenizer exactly."""
+        """Writes the files from which `load_tokenizer(directory)` rebuilds this tokenizer exactly.
+
+        transformers' AutoTokenizer reads them too, where it has such a tokenizer.
+        """
         ...
 
 
@@ -56,11 +85,15 @@ class SentencePieceTokenizer:
     If the model itself has the pieces `<extra_id_0>`, ... these are the sentinels, and `extra_ids` is not used;
     otherwise `extra_ids` ids are added on top, descending: with T5's 32,000 pieces `<extra_id_0>` is 32,099. The text
     between sentinels is encoded stretch by stretch, and decoded with one space on either side of a sentinel.
-    A model without a pad piece pads with EOS.
+    A model without a pad piece pads with EOS. A literal control piece such as `</s>` stays text, as with sentencepiece
+    itself; transformers makes it the EOS.
 
     Raises:
         InputError: if the file is missing, is no SentencePiece model, or has no EOS piece.
     """
+
+    mask_id: int | None = None
+    prefix_ids: tuple[int, ...] = ()
 
     def __init__(self, model_path: str | Path, extra_ids: int = 100) -> None:
         import sentencepiece
@@ -78,12 +111,15 @@ class SentencePieceTokenizer:
         if not self.sentinels:
             self.sentinels = tuple(range(self._pieces + extra_ids - 1, self._pieces - 1, -1))
         self.vocab_size = max(self._pieces, *(sentinel + 1 for sentinel in self.sentinels), 0)
-        self.unk_id = self._processor.unk_id()
-        self.eos_id = self._processor.eos_id()
-        if self.eos_id < 0:
+        self.unk_id: int | None = self._processor.unk_id()
+        eos_id: int = self._processor.eos_id()
+        if eos_id < 0:
             raise InputError(f"'{model_path}' has no end-of-sequence piece; train the vocabulary with one")
-        self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
+        self.eos_id: int | None = eos_id
+        self.suffix_ids = (eos_id,)
+        self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else eos_id
         self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
+        self._config = self._new_config()
 
     def _own_sentinels(self) -> tuple[int, ...]:
         # Google's cc_all vocabularies with extra ids spell them with the word-start mark.
@@ -93,6 +129,24 @@ class SentencePieceTokenizer:
             if found:
                 return found
         return ()
+
+    def _new_config(self) -> dict[str, object]:
+        from sentencepiece import sentencepiece_model_pb2
+
+        # Sentinels of the model's own are found again in the model.
+        config: dict[str, object] = {KIND: "sentencepiece", "extra_ids": self.vocab_size - self._pieces}
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self._model)  # pyright: ignore[reportAttributeAccessIssue]
+        is_unigram = (
+            proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM and not proto.trainer_spec.byte_fallback
+        )
+        if is_unigram and (self.pad_id, self.eos_id, self.unk_id) == (0, 1, 2):
+            special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+            config |= {"tokenizer_class": "T5Tokenizer", **special}
+        return config
+
+    def keep_config(self, config: dict[str, Any]) -> None:
+        """Makes `save` write this `tokenizer_config.json`, so that a directory saved again stays as it was."""
+        self._config = dict(config)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -110,7 +164,7 @@ class SentencePieceTokenizer:
         """See `Tokenizer.decode`."""
         names = {sentinel: f"<extra_id_{n}>" for n, sentinel in enumerate(self.sentinels)}
         parts = []
-        for is_sentinel, run in itertools.groupby(_until(self.eos_id, ids), key=names.__contains__):
+        for is_sentinel, run in itertools.groupby(until(self.eos_id, ids), key=names.__contains__):
             if is_sentinel:
                 parts += [names[token] for token in run]
             else:
@@ -118,10 +172,11 @@ class SentencePieceTokenizer:
         return " ".join(part for part in parts if part)
 
     def save(self, directory: str | Path) -> None:
-        """See `Tokenizer.save`; the model is written byte for byte as `spiece.model`."""
-        # Sentinels of the model's own are found again in the model.
-        extra_ids = self.vocab_size - self._pieces
-        _write_config(directory, {_KIND: "sentencepiece", "extra_ids": extra_ids})
+        """See `Tokenizer.save`; the model is written byte for byte as `spiece.model`.
+
+        transformers reads unigram models with T5's ids, which are the only ones that its T5Tokenizer encodes alike.
+        """
+        write_config(directory, self._config)
         (Path(directory) / _MODEL_NAMES[0]).write_bytes(self._model)
 
 
@@ -133,10 +188,21 @@ class ByteTokenizer:
 
     vocab_size = 259
     pad_id = 0
-    eos_id = 1
-    unk_id = 2
+    eos_id: int | None = 1
+    unk_id: int | None = 2
     bos_id: int | None = None
+    mask_id: int | None = None
     sentinels: tuple[int, ...] = tuple(range(258, 247, -1))
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = (1,)
+
+    def __init__(self) -> None:
+        # transformers has its sentinels above the bytes, where this vocabulary ends.
+        self._config: dict[str, object] = {KIND: "bytes", "tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
+
+    def keep_config(self, config: dict[str, Any]) -> None:
+        """See `SentencePieceTokenizer.keep_config`."""
+        self._config = dict(config)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`; a lone surrogate, which has no UTF-8, becomes `?`."""
@@ -152,22 +218,34 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`; bytes that are not UTF-8 are left out."""
         names = {sentinel: f"<extra_id_{n}>".encode() for n, sentinel in enumerate(self.sentinels)}
-        kept = (token for token in _until(self.eos_id, ids) if 3 <= token < self.vocab_size)
+        kept = (token for token in until(self.eos_id, ids) if 3 <= token < self.vocab_size)
         return b"".join(names.get(token) or bytes([token - 3]) for token in kept).decode(errors="ignore")
 
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`."""
-        _write_config(directory, {_KIND: "bytes"})
+        write_config(directory, self._config)
+
+
+class NoTokenizer(InputError):
+    """A directory without any of the files that tokenizers are kept in."""
 
 
 def load_tokenizer(spec: str | Path, extra_ids: int = 100) -> Tokenizer:
     """Loads a tokenizer.
 
+    Of a directory with several forms of one tokenizer the SentencePiece model is used, then `tokenizer.json`, then the
+    vocabulary files: the first is the original, of which `tokenizer.json` is a conversion that differs from it in
+    whitespace and rare characters, and the files leave the most to be assumed. Only where the directory names a class
+    that is none of the SentencePiece ones here does `tokenizer.json` come first, because such a class may have other
+    ids than the SentencePiece model.
+
     Args:
-        spec: `bytes`; a SentencePiece `.model` file; or a directory that `save` wrote, or that holds `spiece.model`,
-            `sentencepiece.model`, `tokenizer.model` or a single other `.model` file (Hugging Face directories do).
+        spec: `bytes`; a SentencePiece `.model` file; or a directory that `save` wrote, or that holds what Hugging Face
+            model directories do: `spiece.model`, `sentencepiece.model`, `tokenizer.model`, `sentencepiece.bpe.model`
+            or a single other `.model` file; `tokenizer.json`; `vocab.json` and `merges.txt` (or `encoder.json` and
+            `vocab.bpe`); `vocab.txt`; or only a `tokenizer_config.json` with ByT5's class.
         extra_ids: how many sentinels to add to a SentencePiece model that has none; a directory's
-            `tokenizer_config.json` takes precedence.
+            `tokenizer_config.json` takes precedence. Llama and mBART get none.
 
     Raises:
         InputError: if there is no tokenizer at `spec`, or it cannot be read.
@@ -180,17 +258,72 @@ def load_tokenizer(spec: str | Path, extra_ids: int = 100) -> Tokenizer:
     if not path.is_dir():
         hint = nearest(str(spec), ["bytes"])
         raise InputError(f"no tokenizer at '{spec}'; allowed: 'bytes', a SentencePiece .model file, a directory{hint}")
-    config = _read_config(path / _CONFIG)
-    if config.get(_KIND) == "bytes" or config.get("tokenizer_class") == "ByT5Tokenizer":
-        return ByteTokenizer()
-    models = [path / name for name in _MODEL_NAMES if (path / name).is_file()] or sorted(path.glob("*.model"))
-    if not models or (len(models) > 1 and models[0].name not in _MODEL_NAMES):
-        found = ", ".join(model.name for model in models) or "none"
-        raise InputError(f"'{spec}' must hold {', '.join(_MODEL_NAMES)} or one other .model file; it holds: {found}")
-    extra_ids = config.get("extra_ids", extra_ids)
+    directory = ModelDirectory(path)
+    if directory.settings.get(KIND) == "bytes" or directory.tokenizer_class == "ByT5Tokenizer":
+        return _keeping(ByteTokenizer(), directory)
+    model = _sentencepiece_model(path)
+    has_json = (path / "tokenizer.json").is_file()
+    # What was saved here as tokenizer.json, perhaps over something else.
+    prefers_json = directory.settings.get(KIND) == "huggingface"
+    if model and not (has_json and (prefers_json or directory.tokenizer_class not in _SENTENCEPIECE_CLASSES)):
+        return _load_sentencepiece(model, directory, extra_ids)
+    if has_json:
+        return load_tokenizer_json(directory)
+    if vocabulary_files(path):
+        return load_vocabulary_files(directory)
+    names = ", ".join((*_MODEL_NAMES, FAIRSEQ_MODEL))
+    found = ", ".join(file.name for file in sorted(path.glob("*.model"))) or "none"
+    raise NoTokenizer(
+        f"'{spec}' must hold {names} or one other .model file (it holds: {found}), "
+        "or tokenizer.json, vocab.json and merges.txt, or vocab.txt"
+    )
+
+
+def find_tokenizer(directory: str | Path) -> Tokenizer | None:
+    """Loads the tokenizer of a directory; None if it holds none. One that cannot be read is an InputError all the same.
+
+    Args:
+        directory: as for `load_tokenizer`; need not exist.
+    """
+    if not Path(directory).expanduser().is_dir():
+        return None
+    try:
+        return load_tokenizer(directory)
+    except NoTokenizer:
+        return None
+
+
+def require_eos(tokenizer: Tokenizer) -> int:
+    """Returns the id of EOS; raises InputError if the vocabulary has none."""
+    if tokenizer.eos_id is None:
+        raise InputError("this tokenizer has no end-of-sequence token; name one as eos_token in tokenizer_config.json")
+    return tokenizer.eos_id
+
+
+def _sentencepiece_model(path: Path) -> Path | None:
+    models = [path / name for name in (*_MODEL_NAMES, FAIRSEQ_MODEL) if (path / name).is_file()]
+    models = models or sorted(path.glob("*.model"))
+    return models[0] if models and (len(models) == 1 or models[0].name in (*_MODEL_NAMES, FAIRSEQ_MODEL)) else None
+
+
+def _load_sentencepiece(model: Path, directory: ModelDirectory, extra_ids: int) -> Tokenizer:
+    if is_layered(directory):
+        return LayeredSentencePieceTokenizer(model, directory)
+    if model.name == FAIRSEQ_MODEL:
+        raise InputError(
+            f"'{model}' needs a {CONFIG} whose tokenizer_class is MBartTokenizer, MBart50Tokenizer or "
+            f"XLMRobertaTokenizer, not '{directory.tokenizer_class}': the file does not say what its ids are"
+        )
+    extra_ids = directory.settings.get("extra_ids", extra_ids)
     if not isinstance(extra_ids, int):
-        raise InputError(f"extra_ids {extra_ids!r} in '{path / _CONFIG}': must be an integer")
-    return SentencePieceTokenizer(models[0], extra_ids)
+        raise InputError(f"extra_ids {extra_ids!r} in '{directory.path / CONFIG}': must be an integer")
+    return _keeping(SentencePieceTokenizer(model, extra_ids), directory)
+
+
+def _keeping(tokenizer: SentencePieceTokenizer | ByteTokenizer, directory: ModelDirectory) -> Tokenizer:
+    if KIND in directory.settings:
+        tokenizer.keep_config(directory.settings)
+    return tokenizer
 
 
 def train_sentencepiece(
@@ -306,7 +439,7 @@ def check_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerRepo
         back = tokenizer.decode(ids)
         lines += 1
         tokens += len(ids)
-        unknown += ids.count(tokenizer.unk_id)
+        unknown += 0 if tokenizer.unk_id is None else ids.count(tokenizer.unk_id)
         failures += back != text
         whitespace += back != text and "".join(back.split()) == "".join(text.split())
         words += len(text.split())
@@ -332,22 +465,3 @@ def _segments(text: str, sentinels: tuple[int, ...]) -> Iterator[str | int]:
             yield sentinels[int(match[1])]
             done = match.end()
     yield text[done:]
-
-
-def _until(eos_id: int, ids: Iterable[int]) -> Iterator[int]:
-    return itertools.takewhile(lambda token: token != eos_id, map(int, ids))
-
-
-def _write_config(directory: str | Path, config: dict[str, object]) -> None:
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    (Path(directory) / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"'{path}' is not valid JSON") from error
-    if not isinstance(config, dict):
-        raise InputError(f"'{path}' is not a JSON object")
-    return config

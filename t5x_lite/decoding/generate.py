@@ -67,27 +67,34 @@ def generate(
 ) -> Generated:
     """Generates the most likely token again and again, up to EOS or `max_new_tokens`.
 
+    The model's `forced_bos_id` and `forced_eos_id` take the first and the last place of the output.
+
     Args:
       model: the model.
       params: its parameters.
-      batch: `encoder_input_tokens` `[B, S]`, with or without `encoder_segment_ids`. `decoder_input_tokens` `[B, T]`,
-        start token first, make the decoder continue a prompt; rows of different length are right-padded with
-        `decoder_segment_ids` 0.
+      batch: `encoder_input_tokens` `[B, S]`, with or without `encoder_segment_ids`, if the model has an encoder.
+        `decoder_input_tokens` `[B, T]`, start token first, make the decoder continue a prompt, which a decoder alone
+        needs; rows of different length are right-padded with `decoder_segment_ids` 0.
       config: how.
       vocab_size: ids from here on are never generated; for a model that has more rows than its tokenizer has tokens.
     """
     cfg = model.config
-    rows, length = batch["encoder_input_tokens"].shape
-    prompt = batch.get("decoder_input_tokens", jnp.full((rows, 1), cfg.decoder_start_id, jnp.int32))
-    segments = batch.get("decoder_segment_ids", jnp.ones_like(prompt))
+    prompt, segments = _prompt(model, batch)
+    rows = prompt.shape[0]
     allowed = jnp.arange(cfg.vocab_size) < (vocab_size or cfg.vocab_size)
+    end_ids = jnp.array(cfg.end_ids, jnp.int32)
 
     def decode(tokens: jax.Array, cache: Cache, **kwargs: Any) -> tuple[jax.Array, Cache]:
         step_batch = {**batch, "decoder_input_tokens": tokens, "decoder_segment_ids": kwargs.pop("segments")}
         result: Any = model.apply({"params": params}, step_batch, cache=cache, method="decode", **kwargs)
         return result
 
-    encoded = model.apply({"params": params}, batch, method="encode")
+    encoded, length = None, 0
+    if cfg.num_encoder_layers:
+        encoded, length = (
+            model.apply({"params": params}, batch, method="encode"),
+            batch["encoder_input_tokens"].shape[1],
+        )
     cache = model.new_cache(rows, prompt.shape[1] + config.max_new_tokens, length)
     logits, cache = decode(prompt, cache, segments=segments, encoded=encoded)
     last = jnp.take_along_axis(logits, (cache.position - 1)[:, None, None], axis=1)[:, 0]
@@ -98,7 +105,11 @@ def generate(
     def extend(state: _State) -> _State:
         log_probabilities = jax.nn.log_softmax(jnp.where(allowed[None, :], state.logits, -jnp.inf))
         token = jnp.argmax(log_probabilities, axis=-1).astype(jnp.int32)
-        token = jnp.where(state.finished, cfg.pad_id, token)
+        if cfg.forced_bos_id is not None:
+            token = jnp.where(state.step == 0, cfg.forced_bos_id, token)
+        if cfg.forced_eos_id is not None:
+            token = jnp.where(state.step == config.max_new_tokens - 1, cfg.forced_eos_id, token)
+        token = jnp.where(state.finished, cfg.fill_id, token)
         gained = jnp.take_along_axis(log_probabilities, token[:, None], axis=-1)[:, 0]
         out = Generated(
             tokens=state.out.tokens.at[:, state.step].set(token),
@@ -110,7 +121,7 @@ def generate(
             step=state.step + 1,
             cache=cache,
             logits=logits[:, 0],
-            finished=state.finished | (token == cfg.eos_id),
+            finished=state.finished | jnp.isin(token, end_ids),
             out=out,
         )
 
@@ -120,9 +131,19 @@ def generate(
         logits=last,
         finished=jnp.zeros((rows,), bool),
         out=Generated(
-            tokens=jnp.full((rows, config.max_new_tokens), cfg.pad_id, jnp.int32),
+            tokens=jnp.full((rows, config.max_new_tokens), cfg.fill_id, jnp.int32),
             lengths=jnp.zeros((rows,), jnp.int32),
             scores=jnp.zeros((rows,), jnp.float32),
         ),
     )
     return jax.lax.while_loop(unfinished, extend, start).out
+
+
+def _prompt(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    if "decoder_input_tokens" in batch:
+        prompt = jnp.asarray(batch["decoder_input_tokens"])
+        return prompt, jnp.asarray(batch.get("decoder_segment_ids", jnp.ones_like(prompt)))
+    if not model.config.num_encoder_layers:
+        raise InputError("a decoder alone continues a prompt: the batch needs decoder_input_tokens")
+    start = jnp.full((batch["encoder_input_tokens"].shape[0], 1), model.config.decoder_start_id, jnp.int32)
+    return start, jnp.ones_like(start)

@@ -1,18 +1,105 @@
-"""From a name to a configuration, from a configuration to a model."""
+"""From a name to a configuration, from a configuration to a model, from either to its family's file."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from t5x_lite.errors import InputError, nearest
-from t5x_lite.models import t5
+from t5x_lite.models import bart, bert, gpt, llama, t5
 from t5x_lite.models.config import TransformerConfig
+from t5x_lite.models.weights import Stored
 
 if TYPE_CHECKING:
     from t5x_lite.models.transformer import Transformer
 
-PRESETS: dict[str, TransformerConfig] = {**t5.PRESETS}
+
+class Family(Protocol):
+    """What each family's file has: published sizes, and how Hugging Face spells its settings and its weights.
+
+    Attributes:
+      PRESETS: configurations by published name, in lower case.
+      PREFIX: for each `model_type` of config.json that the file reads, what head models put before the names of their
+        base model's tensors. Files of a base model alone (gpt2, bert-base-cased) may leave it out.
+      MODEL_TYPES: those model types.
+      BUFFERS: regular expressions that match whole names of tensors in Hugging Face files that are no parameters. They
+        are for what `weights` leaves over, and only for that.
+    """
+
+    PRESETS: dict[str, TransformerConfig]
+    PREFIX: dict[str, str]
+    MODEL_TYPES: tuple[str, ...]
+    BUFFERS: tuple[str, ...]
+
+    def from_huggingface(self, settings: Mapping[str, Any], names: Collection[str]) -> TransformerConfig:
+        """Returns the configuration that a config.json of transformers 4 or 5 describes.
+
+        Args:
+          settings: the config.json. What it leaves out has the default of transformers' class.
+          names: of the tensors in the file, with the prefix; may be empty. They tell heads, and whether there is an
+            output head beside the embedding table: `tied_head` is then False, and it is for the caller to see whether
+            the two are equal.
+
+        Raises:
+          InputError: a setting that changes the computation has a value that we do not have.
+        """
+        ...
+
+    def to_huggingface(self, config: TransformerConfig) -> dict[str, Any]:
+        """Returns the config.json of `config`, as transformers 4 writes it and 5 reads it, without a dtype.
+
+        Raises:
+          InputError: Hugging Face's class has no such model; the message names the first field that it lacks.
+        """
+        ...
+
+    def weights(self, config: TransformerConfig) -> dict[str, Stored]:
+        """Returns, for every parameter of `config` and no other, where Hugging Face's files have it.
+
+        Args:
+          config: of this family.
+
+        Returns:
+          By our path, joined by "/". Names are those of the head model, with the prefix.
+        """
+        ...
+
+
+FAMILIES: dict[str, Family] = {
+    "t5": t5,
+    "bart": bart,
+    "gpt": gpt,
+    "llama": llama,
+    "palm": llama,
+    "bert": bert,
+    "roberta": bert,
+}
+"""The file of each `TransformerConfig.family`."""
+
+_FILES: tuple[Family, ...] = (t5, bart, gpt, llama, bert)
+
+PRESETS: dict[str, TransformerConfig] = {name: config for file in _FILES for name, config in file.PRESETS.items()}
 
 DTYPES = ("float32", "bfloat16")
+
+
+def module_for(config: TransformerConfig) -> Family:
+    """Returns the file of a configuration's family."""
+    return FAMILIES[config.family]
+
+
+def module_for_model_type(name: str) -> Family:
+    """Returns the file that reads a Hugging Face configuration of this `model_type`.
+
+    Raises:
+      InputError: none does; the message has the nearest that one reads, or why this one is left out.
+    """
+    for file in _FILES:
+        if name in file.MODEL_TYPES:
+            return file
+    if name in t5.REFUSED:
+        raise InputError(f"model_type '{name}' is not supported: {t5.REFUSED[name]}")
+    known = [kind for file in _FILES for kind in file.MODEL_TYPES]
+    raise InputError(f"model_type '{name}' is unknown, allowed: {', '.join(known)}{nearest(name, known)}")
 
 
 def preset(name: str) -> TransformerConfig:
@@ -39,7 +126,8 @@ def build(config: TransformerConfig | str, dtype: Any = "float32", remat: str = 
     """
     import jax.numpy as jnp
 
-    from t5x_lite.models.transformer import REMAT_POLICIES, Transformer
+    from t5x_lite.models.stack import REMAT_POLICIES
+    from t5x_lite.models.transformer import Transformer
 
     config = preset(config) if isinstance(config, str) else config
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name

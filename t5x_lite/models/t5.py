@@ -4,7 +4,27 @@ v1.0 has relu feed-forward blocks and a head that is the embedding table, scaled
 tanh-gelu blocks and a head of its own. umT5 has a position bias in every layer, ByT5 a deep encoder over bytes.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 from t5x_lite.models.config import TransformerConfig
+from t5x_lite.models.weights import (
+    Settings,
+    Stored,
+    Table,
+    activation,
+    activation_name,
+    first_id,
+    id_settings,
+    is_tied,
+    layers,
+    linears,
+    norm,
+    require,
+    token_ids,
+    under,
+    written,
+)
 
 
 def _v1_0(embed_dim: int, mlp_dim: int, layers: int, heads: int, head_dim: int = 64) -> TransformerConfig:
@@ -71,3 +91,125 @@ PRESETS: dict[str, TransformerConfig] = {
     "byt5-xl": _v1_1(2560, 6720, 36, 32, decoder_layers=12, vocab_size=384),
     "byt5-xxl": _v1_1(4672, 12352, 36, 64, decoder_layers=12, vocab_size=384),
 }
+
+PREFIX = {"t5": "", "mt5": "", "umt5": ""}
+MODEL_TYPES = tuple(PREFIX)
+REFUSED = {"longt5": "its encoder has local or transient-global attention; t5, mt5 and umt5 attend to the whole input"}
+BUFFERS: tuple[str, ...] = (
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+)  # in early files, unused
+
+
+def from_huggingface(settings: Settings, names: Collection[str]) -> TransformerConfig:
+    """Returns the configuration that a T5's config.json describes; see `registry.Family`."""
+    kind = settings.get("model_type", "t5")
+    require(settings, is_encoder_decoder=True, is_decoder=False)
+    v1_0 = kind == "t5"  # what the class of configurations takes for granted
+    function, gated = _feed_forward(settings, "relu" if v1_0 else "gated-gelu")
+    depth = layers(settings, "num_layers", 6 if v1_0 else 8)
+    asymmetric = settings.get("num_decoder_layers") is not None
+    tied = is_tied(settings, names, "lm_head.weight")
+    ids = token_ids(settings, pad=0, bos=None, eos=1)
+    return TransformerConfig(
+        family="t5",
+        vocab_size=settings.get("vocab_size", 32128 if v1_0 else 250112),
+        embed_dim=settings.get("d_model", 512),
+        num_heads=settings.get("num_heads", 8 if v1_0 else 6),
+        head_dim=settings.get("d_kv", 64),
+        mlp_dim=settings.get("d_ff", 2048 if v1_0 else 1024),
+        num_encoder_layers=depth,
+        num_decoder_layers=layers(settings, "num_decoder_layers", depth) if asymmetric else depth,
+        activation=activation(function, "feed_forward_proj"),
+        gated=gated,
+        norm_epsilon=settings.get("layer_norm_epsilon", 1e-6),
+        relative_bias_buckets=settings.get("relative_attention_num_buckets", 32),
+        relative_bias_max_distance=settings.get("relative_attention_max_distance", 128),
+        relative_bias_per_layer=kind == "umt5",
+        # Without the file's names, no scale is the mark of a v1.1, which is not tied.
+        tied_head=tied and (bool(names) or settings.get("scale_decoder_outputs") is not False),
+        scaled_head=_scaled_head(settings, names),
+        dropout_rate=settings.get("dropout_rate", 0.1),
+        decoder_start_id=first_id(settings.get("decoder_start_token_id"), ids["pad_id"]),
+        **ids,
+    )
+
+
+def _feed_forward(settings: Settings, default: str) -> tuple[str, bool]:
+    """Returns Hugging Face's name of the activation, and whether it gates."""
+    name = settings.get("feed_forward_proj", default)
+    function = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
+    return settings.get("dense_act_fn", function), settings.get("is_gated_act", name.startswith("gated-"))
+
+
+def _scaled_head(settings: Settings, names: Collection[str]) -> bool:
+    if "scale_decoder_outputs" in settings:
+        return settings["scale_decoder_outputs"]
+    tied = settings.get("tie_word_embeddings") is not False
+    if settings.get("model_type", "t5") == "t5":
+        return tied
+    # transformers 5 says of every mT5 and umT5 that it is tied: of the published ones too, which have heads of their
+    # own that were trained unscaled; and of all mT5 it scales none.
+    version_5 = int((settings.get("transformers_version") or "4").split(".")[0]) >= 5
+    return tied and "lm_head.weight" not in names and not (version_5 and settings["model_type"] == "mt5")
+
+
+def to_huggingface(config: TransformerConfig) -> dict[str, Any]:
+    """Returns the config.json of a T5, for transformers 4 and 5; see `registry.Family`."""
+    kind, architecture = ("umt5", "UMT5") if config.relative_bias_per_layer else ("t5", "T5")
+    function = "gelu" if config.gated and config.activation == "gelu_tanh" else activation_name(config)
+    settings = {
+        "architectures": [f"{architecture}ForConditionalGeneration"],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "d_model": config.embed_dim,
+        "d_kv": config.head_dim,
+        "d_ff": config.mlp_dim,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "num_heads": config.num_heads,
+        "relative_attention_num_buckets": config.relative_bias_buckets,
+        "relative_attention_max_distance": config.relative_bias_max_distance,
+        "dropout_rate": config.dropout_rate,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "initializer_factor": 1.0,
+        "feed_forward_proj": f"gated-{function}" if config.gated else function,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": config.tied_head,  # transformers 4 scales what is tied
+        "scale_decoder_outputs": config.tied_head,
+        "decoder_start_token_id": config.decoder_start_id,
+        **id_settings(config),
+    }
+    return written(config, settings, from_huggingface)
+
+
+def weights(config: TransformerConfig) -> Table:
+    """Returns where each parameter of `config` is in a Hugging Face file; see `registry.Family`."""
+    head = ("lm_head.weight",)
+    same = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(head if config.tied_head else ()))
+    table = {"embedding/table": Stored("shared.weight", also=same)}
+    table |= under("encoder", _stack(config, "encoder", self_attention="SelfAttention"))
+    table |= under(
+        "decoder", _stack(config, "decoder", self_attention="SelfAttention", cross_attention="EncDecAttention")
+    )
+    return table if config.tied_head else table | {"head/kernel": Stored(head[0], transposed=True)}
+
+
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
+
+
+def _stack(config: TransformerConfig, stack: str, **attentions: str) -> Table:
+    layer = f"{stack}.block.{{}}.layer"
+    table: Table = {}
+    for number, (ours, theirs) in enumerate(attentions.items()):
+        attention = linears(f"{layer}.{number}.{theirs}", _ATTENTION, bias=False)
+        table |= under(ours, attention) | under(f"{ours}_norm", norm(f"{layer}.{number}.layer_norm", bias=False))
+    last = f"{layer}.{len(attentions)}"
+    up = {"gate": "wi_0", "up": "wi_1"} if config.gated else {"up": "wi"}
+    table |= under("mlp", linears(f"{last}.DenseReluDense", {**up, "down": "wo"}, bias=False))
+    table |= under("mlp_norm", norm(f"{last}.layer_norm", bias=False))
+    bias = "SelfAttention.relative_attention_bias.weight"
+    if config.relative_bias_per_layer:
+        biases = {"layers/position_bias/table": Stored(f"{layer}.0.{bias}")}
+    else:
+        biases = {"position_bias/table": Stored(f"{stack}.block.0.layer.0.{bias}")}
+    return under("layers", table) | biases | under("final_norm", norm(f"{stack}.final_layer_norm", bias=False))

@@ -10,6 +10,7 @@ from flax import struct
 from t5x_lite.nn.dense import Dense
 from t5x_lite.nn.dropout import Dropout
 from t5x_lite.nn.parameters import Initializer, fan_in_normal
+from t5x_lite.nn.positions import Rotation
 from t5x_lite.sharding import constrain
 
 # Finite, as in T5X: a row in which everything is masked then attends evenly instead of turning into NaN.
@@ -23,33 +24,40 @@ class Mask:
     Attributes:
       query_segments: int32 `[B, T]`, 0 is padding, 1.. are packed examples; equal segments see each other.
       key_segments: int32 `[B, S]`.
-      query_positions: int32 `[B, T]` or `[1, T]`, index of each query among the keys; None: not causal. A causal
-        query sees the keys up to its own index.
+      query_positions: int32 `[B, T]` or `[1, T]`, index of each query among the keys; None: not causal, and query t
+        has index t. A causal query sees the keys up to its own index.
+      window: int32 scalar; a query sees keys less than this far from it, so itself alone with 1. None: all.
     """
 
     query_segments: jax.Array
     key_segments: jax.Array
     query_positions: jax.Array | None = None
+    window: jax.Array | None = None
 
     def allowed(self) -> jax.Array:
         """Returns bool `[B, 1, T, S]`: True where the query may see the key."""
         allowed = self.query_segments[:, :, None] == self.key_segments[:, None, :]
         allowed &= (self.key_segments > 0)[:, None, :]
-        if self.query_positions is not None:
-            keys = jnp.arange(self.key_segments.shape[1])
-            allowed &= keys[None, None, :] <= self.query_positions[:, :, None]
+        keys = jnp.arange(self.key_segments.shape[1])[None, None, :]
+        queries = self.query_positions
+        if queries is not None:
+            allowed &= keys <= queries[:, :, None]
+        if self.window is not None:
+            if queries is None:
+                queries = jnp.arange(self.query_segments.shape[1])[None, :]
+            allowed &= jnp.abs(queries[:, :, None] - keys) < self.window
         return allowed[:, None, :, :]
 
 
 @struct.dataclass
 class KeysValues:
-    """Projected keys and values, `[B, S, H, K]` each (with a leading `layers` axis in a cache)."""
+    """Projected keys and values, `[B, S, G, K]` each (with a leading `layers` axis in a cache)."""
 
     key: jax.Array
     value: jax.Array
 
     def write(self, new: "KeysValues", position: jax.Array) -> "KeysValues":
-        """Returns self with `new` (`[B, T, H, K]`) written to the slots `position[b], position[b] + 1, ...`."""
+        """Returns self with `new` (`[B, T, G, K]`) written to the slots `position[b], position[b] + 1, ...`."""
 
         def put(old: jax.Array, update: jax.Array) -> jax.Array:
             return jax.vmap(lambda o, u, p: jax.lax.dynamic_update_slice_in_dim(o, u.astype(o.dtype), p, axis=0))(
@@ -65,11 +73,12 @@ def dot_product_attention(
     """Returns softmax(query . key + bias) . value, logits and softmax in float32.
 
     There is no 1/sqrt(head_dim) here: T5 folds it into the query's initialisation, and a family that wants it scales
-    its query.
+    its query. With G < H heads of keys and values each of them serves H / G neighbouring heads of queries (Ainslie et
+    al. 2023).
 
     Args:
       query: `[B, T, H, K]`.
-      keys_values: `[B, S, H, K]` each.
+      keys_values: `[B, S, G, K]` each.
       mask: who may look at whom.
       bias: float32 `[1 or B, H, T, S]`, added to the logits.
       dropout: a function of the weights `[B, H, T, S]`.
@@ -77,46 +86,79 @@ def dot_product_attention(
     Returns:
       `[B, T, H, K]` in the dtype of the query.
     """
-    logits = jnp.einsum("BTHK,BSHK->BHTS", query, keys_values.key, preferred_element_type=jnp.float32)
+    b, t, h, k = query.shape
+    s, g = keys_values.key.shape[1:3]
+    query = query.reshape(b, t, g, h // g, k)
+    logits = jnp.einsum("BTGRK,BSGK->BGRTS", query, keys_values.key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(b, h, t, s)
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(jnp.where(mask.allowed(), logits, MASKED), axis=-1).astype(query.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights, keys_values.value)
+    weights = weights.reshape(b, g, h // g, t, s)
+    return jnp.einsum("BGRTS,BSGK->BTGRK", weights, keys_values.value).reshape(b, t, h, k)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with 2-D kernels `(embed, joined heads)`.
+    """Multi-head, grouped-query or multi-query attention with 2-D kernels `(embed, joined heads)`.
 
     Call `project` on the source of keys and values, then the module on the queries; whoever decodes keeps the
     projections in between.
+
+    Attributes:
+      embed_dim: D.
+      num_heads: H.
+      num_kv_heads: G, which divides H.
+      head_dim: K.
+      scaled: whether queries are divided by sqrt(head_dim).
+      use_bias: whether the projections have biases.
+      kernel_init: of keys and values.
+      query_init: of queries.
+      residual_init: of the projection into the residual stream.
+      dropout_rate: of the attention weights.
+      dropout_shared: see `Dropout`.
+      dtype: of the computation.
     """
 
     embed_dim: int
     num_heads: int
+    num_kv_heads: int
     head_dim: int
+    scaled: bool = False
+    use_bias: bool = False
+    kernel_init: Initializer = fan_in_normal()
     query_init: Initializer = fan_in_normal()
+    residual_init: Initializer = fan_in_normal()
     dropout_rate: float = 0.0
+    dropout_shared: bool = True
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
         """Creates the four projections."""
-        joined = self.num_heads * self.head_dim
-        axes = ("embed", "heads")
-        self.query = Dense(joined, axes, self.query_init, dtype=self.dtype)
-        self.key = Dense(joined, axes, dtype=self.dtype)
-        self.value = Dense(joined, axes, dtype=self.dtype)
-        self.out = Dense(self.embed_dim, ("heads", "embed"), dtype=self.dtype)
-        self.dropout = Dropout(self.dropout_rate)
+        joined, kv_joined = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        rest = {"use_bias": self.use_bias, "dtype": self.dtype}
+        self.query = Dense(joined, ("embed", "heads"), self.query_init, **rest)
+        self.key = Dense(kv_joined, ("embed", self._kv_axis), self.kernel_init, **rest)
+        self.value = Dense(kv_joined, ("embed", self._kv_axis), self.kernel_init, **rest)
+        self.out = Dense(self.embed_dim, ("heads", "embed"), self.residual_init, **rest)
+        self.dropout = Dropout(self.dropout_rate, self.dropout_shared)
 
-    def _split(self, x: jax.Array) -> jax.Array:
-        x = x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
-        return constrain(x, "batch", "length", "heads", "head_dim")
+    @property
+    def _kv_axis(self) -> str:
+        if self.num_kv_heads == self.num_heads:
+            return "heads"
+        return "kv_heads" if self.num_kv_heads > 1 else "head_dim"  # a single one stays whole on every device
 
-    def project(self, source: jax.Array) -> KeysValues:
-        """Maps `[B, S, D]` to keys and values."""
-        return KeysValues(key=self._split(self.key(source)), value=self._split(self.value(source)))
+    def _split(self, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        x = x.reshape(*x.shape[:2], heads, self.head_dim)
+        return constrain(x, "batch", "length", "features" if axis == "head_dim" else axis, "head_dim")
+
+    def project(self, source: jax.Array, rotation: Rotation | None = None) -> KeysValues:
+        """Maps `[B, S, D]` to keys and values, the keys rotated to their positions."""
+        key = self._split(self.key(source), self.num_kv_heads, self._kv_axis)
+        value = self._split(self.value(source), self.num_kv_heads, self._kv_axis)
+        return KeysValues(key=key if rotation is None else rotation.turn(key), value=value)
 
     def __call__(
         self,
@@ -124,15 +166,17 @@ class Attention(nn.Module):
         keys_values: KeysValues,
         mask: Mask,
         bias: jax.Array | None = None,
+        rotation: Rotation | None = None,
         *,
         enable_dropout: bool = False,
     ) -> jax.Array:
         """Maps queries `[B, T, D]` to `[B, T, D]`."""
+        query = self._split(self.query(x), self.num_heads, "heads")
+        if rotation is not None:
+            query = rotation.turn(query)
+        if self.scaled:
+            query = query * self.head_dim**-0.5
         attended = dot_product_attention(
-            self._split(self.query(x)),
-            keys_values,
-            mask,
-            bias,
-            dropout=lambda weights: self.dropout(weights, enabled=enable_dropout),
+            query, keys_values, mask, bias, dropout=lambda weights: self.dropout(weights, enabled=enable_dropout)
         )
         return self.out(attended.reshape(*x.shape[:2], self.num_heads * self.head_dim))

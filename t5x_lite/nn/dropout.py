@@ -1,4 +1,4 @@
-"""Dropout with cheap masks."""
+"""Dropout, with cheap masks where the family allows them."""
 
 import flax.linen as nn
 import jax
@@ -6,14 +6,16 @@ import jax.numpy as jnp
 
 
 class Dropout(nn.Module):
-    """Drops with probability `rate`, one mask for all positions along `broadcast_axis`.
+    """Drops with probability `rate`; the key is the `dropout` stream of `apply(rngs=...)`.
 
-    Sharing the mask along the length is what T5 and T5X do; it also needs `length` times fewer random bits, and those
-    cost a good part of a training step on a CPU. The key is the `dropout` stream of `apply(rngs=...)`.
+    Attributes:
+      rate: share of the numbers that become 0; the others grow by 1 / (1 - rate).
+      shared: whether one mask serves all positions along the last axis but one, which is the length. T5 and T5X do
+        so; it also needs `length` times fewer random bits, and those cost a good part of a training step on a CPU.
     """
 
     rate: float
-    broadcast_axis: int = -2
+    shared: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, *, enabled: bool) -> jax.Array:
@@ -21,6 +23,7 @@ class Dropout(nn.Module):
         if not enabled or self.rate == 0.0:
             return x
         shape = list(x.shape)
-        shape[self.broadcast_axis] = 1
+        if self.shared:
+            shape[-2] = 1
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, tuple(shape))
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))

@@ -27,3 +27,30 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * scale).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (Ba et al. 2016): mean and variance over the features.
+
+    Attributes:
+      epsilon: added to the variance. There is no usual one: BERT has 1e-12, BART and GPT-2 1e-5.
+      use_bias: whether a bias is added (PaLM has none).
+      dtype: of the output.
+    """
+
+    epsilon: float
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., D]` to `[..., D]`."""
+        shape = (x.shape[-1],)
+        scale = parameter(self, "scale", nn.initializers.ones, shape, ("embed",))
+        x = x.astype(jnp.float32)
+        # The variance from the centred values: E[x^2] - E[x]^2 cancels where the mean is large.
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale
+        if self.use_bias:
+            x = x + parameter(self, "bias", nn.initializers.zeros, shape, ("embed",))
+        return x.astype(self.dtype)

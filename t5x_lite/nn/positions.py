@@ -1,12 +1,76 @@
-"""How a model knows where a token stands. So far: T5's relative position bias."""
+"""How a model knows where a token stands: T5's relative bias, sinusoids, rotations; learned tables are embeddings."""
 
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from t5x_lite.nn.parameters import Initializer, parameter
+
+
+def positions_in_segments(segments: jax.Array) -> jax.Array:
+    """Returns each token's place in its own segment, int32 `[B, L]`: 0, 1, ... from where the segment begins.
+
+    So padding on the left, packed examples and padding on the right all need no word of their own.
+
+    Args:
+      segments: int32 `[B, L]`, see `attention.Mask`.
+    """
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
+    begins = jnp.concatenate([jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def sinusoids(positions: jax.Array, embed_dim: int) -> jax.Array:
+    """Returns fixed position vectors, float32 `[..., embed_dim]` (Vaswani et al. 2017, section 3.5).
+
+    Number 2i is sin(position / 10000^(2i / embed_dim)), number 2i + 1 the cosine of the same.
+    """
+    frequencies = 10000.0 ** (-jnp.arange(0, embed_dim, 2, dtype=jnp.float32) / embed_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, embed_dim)
+
+
+@struct.dataclass
+class Rotation:
+    """By how much queries and keys turn at their positions, float32 `[1 or B, L, K / 2]` each."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    def turn(self, x: jax.Array) -> jax.Array:
+        """Rotates `[B, L, H, K]` in the planes (i, i + K/2), as Hugging Face lays Llama's heads out.
+
+        Meta's own files have the planes (2i, 2i + 1); the two differ by a permutation of the kernels' columns.
+        """
+        cos, sin = self.cos[:, :, None, :], self.sin[:, :, None, :]
+        left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def rotation(
+    positions: jax.Array, head_dim: int, base: float, scaling: tuple[float, float, float, int] | None = None
+) -> Rotation:
+    """Returns the rotation at `positions` `[1 or B, L]` (Su et al. 2021).
+
+    Args:
+      positions: of the tokens.
+      head_dim: K; plane i turns by position * base^(-2i / K).
+      base: theta.
+      scaling: (factor, low, high, length) as Llama 3.1 stretches its context: planes with a wave longer than
+        length / low turn `factor` times slower, those with one shorter than length / high as before, and between the
+        two it goes over smoothly.
+    """
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        factor, low, high, length = scaling
+        turns = length * frequencies / (2 * math.pi)  # of each plane, in the original context
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / factor)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return Rotation(cos=jnp.cos(angles), sin=jnp.sin(angles))
 
 
 def relative_position_bucket(

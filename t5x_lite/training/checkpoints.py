@@ -250,6 +250,21 @@ def load_params(path: str | Path, abstract: Any) -> tuple[Any, Path, list[str]]:
     raise InputError("; ".join(notes) or f"{path} holds no checkpoint")
 
 
+def save_params(path: Path, params: Any) -> None:
+    """Writes parameters alone as a checkpoint, complete and sealed, from which `load_params` restores.
+
+    Args:
+      path: `checkpoints/<step>`; must not exist yet.
+      params: tree of arrays.
+    """
+    partial = path.absolute().with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / "params", params)
+    seal(partial)
+    partial.rename(path)
+
+
 def _candidates(path: Path) -> Iterator[Path]:
     if path.parent.name == "checkpoints":
         if not path.is_dir():

@@ -15,13 +15,15 @@ from jax.sharding import Mesh
 
 from t5x_lite import run_directory, sharding
 from t5x_lite.config import RunConfig
+from t5x_lite.config import run_directory as run_path
 from t5x_lite.data import recipe
 from t5x_lite.data.pipeline import Dataset, prefetch
 from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.evaluator import evaluate
+from t5x_lite.interop import checkpoints
 from t5x_lite.models.config import TransformerConfig
-from t5x_lite.models.registry import build
+from t5x_lite.models.registry import PRESETS, build
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.training.checkpoints import Checkpointer, load_params
 from t5x_lite.training.monitor import MetricsLog
@@ -76,7 +78,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
     observer = observer or Observer()
     out = Path(config.out).expanduser()
     mesh = sharding.make_mesh(config.mesh)
-    _check_mesh(config, mesh)
+    _check_model(config, mesh)
     records = recipe.read(config.data)
     with run_directory.lock(out):
         tokenizer = recipe.run_tokenizer(config, records.texts())
@@ -127,23 +129,41 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
       InputError: the model has fewer embeddings than the tokenizer has tokens, or other ids for pad or EOS.
     """
     model = config.model
+    fields: dict[str, Any] = {}
     if config.fit_vocabulary and not config.init_from:
-        model = dataclasses.replace(model, vocab_size=-(-tokenizer.vocab_size // 128) * 128)
-    if model.vocab_size < tokenizer.vocab_size:
+        fields["vocab_size"] = -(-tokenizer.vocab_size // 128) * 128
+    rows = fields.get("vocab_size", model.vocab_size)
+    if rows < tokenizer.vocab_size:
         where = f"the checkpoint {config.init_from}" if config.init_from else "the model"
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but {where} has embeddings for {model.vocab_size}"
-        )
-    ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
-    default = TransformerConfig()
-    for name, ours in ids.items():
-        given = getattr(model, name)
-        if given != ours and (config.init_from or given != getattr(default, name)):
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, but {where} has embeddings for {rows}")
+    # Ids as a preset has them are nobody's wish; others are, and so are those that parameters were trained with.
+    presets = [] if config.init_from else [preset for preset in PRESETS.values() if preset.family == model.family]
+    for name in ("pad_id", "eos_id"):
+        given, ours = getattr(model, name), getattr(tokenizer, name)
+        if given not in (ours, None) and given not in [getattr(preset, name) for preset in presets]:
             raise InputError(f"model.{name} is {given}, but the tokenizer's is {ours}")
-    if model.decoder_start_id == model.pad_id:  # T5's convention, whatever the id of the pad
-        ids["decoder_start_id"] = tokenizer.pad_id
-    model = dataclasses.replace(model, **ids)
-    return dataclasses.replace(config, model=model, fit_vocabulary=False)
+    if not config.init_from:
+        fields |= _special_ids(model, tokenizer)
+    return dataclasses.replace(config, model=dataclasses.replace(model, **fields), fit_vocabulary=False)
+
+
+def _special_ids(model: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the ids of a new model: those of the tokenizer, each in the roles that it has in the family."""
+    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    roles = {model.bos_id: bos, model.eos_id: tokenizer.eos_id, model.pad_id: tokenizer.pad_id}
+
+    def same_role(token: int | None) -> int | None:
+        return None if token is None else roles.get(token)
+
+    return {
+        "pad_id": tokenizer.pad_id,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "stop_ids": (),
+        "decoder_start_id": roles.get(model.decoder_start_id, tokenizer.pad_id),
+        "forced_bos_id": same_role(model.forced_bos_id),
+        "forced_eos_id": same_role(model.forced_eos_id),
+    }
 
 
 @dataclasses.dataclass
@@ -234,8 +254,14 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _check_mesh(config: RunConfig, mesh: Mesh) -> None:
+def _check_model(config: RunConfig, mesh: Mesh) -> None:
     """Checks what can be checked before the data is read; the vocabulary's size is not known yet."""
+    if not (config.model.num_encoder_layers and config.model.num_decoder_layers):
+        part = "decoder" if config.model.num_encoder_layers else "encoder"
+        raise InputError(
+            f"data.objective={config.data.objective} needs an encoder and a decoder, and the model of family"
+            f" {config.model.family} has no {part}"
+        )
     sizes = config.model.sharded_sizes()
     if config.fit_vocabulary:
         del sizes["vocab"]
@@ -265,9 +291,12 @@ def _first_state(
         return state
     if not config.init_from:
         return init_state(model, tx, mesh, config.train.seed)
-    params, _, notes = load_params(config.init_from, abstract.params)
-    for note in notes:
-        observer.note(note)
+    if (run_path(config.init_from) / "config.yaml").exists():
+        params, _, notes = load_params(config.init_from, abstract.params)
+        for note in notes:
+            observer.note(note)
+    else:
+        params = checkpoints.load_params(config.init_from, config.model, abstract.params)
     return init_state(model, tx, mesh, config.train.seed, params)
 
 

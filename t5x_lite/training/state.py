@@ -57,8 +57,7 @@ def init_state(
     layouts = state_shardings(abstract_state(model, tx, mesh))
 
     def fresh(key: jax.Array) -> TrainState:
-        batch = {name: jnp.ones((1, 1), jnp.int32) for name in ("encoder_input_tokens", "decoder_input_tokens")}
-        return started(model.init(key, batch)["params"])
+        return started(model.init_params(key))
 
     def started(params: Any) -> TrainState:
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))

@@ -1,7 +1,8 @@
 """The training step and the evaluation step."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +10,87 @@ import optax
 from jax.sharding import Mesh
 
 from t5x_lite import sharding
-from t5x_lite.models.transformer import Batch, Transformer
+from t5x_lite.errors import InputError
+from t5x_lite.models.config import TransformerConfig
+from t5x_lite.models.transformer import Batch, Transformer, encoder_segments
+from t5x_lite.nn.attention import MASKED
 from t5x_lite.training.losses import LossSums, cross_entropy
 from t5x_lite.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
 
 
+class Targets(NamedTuple):
+    """What a batch asks the model to predict: int32 targets, float32 weights of the same shape."""
+
+    targets: jax.Array
+    weights: jax.Array
+
+
+def batch_targets(config: TransformerConfig, batch: Batch) -> tuple[Targets, Targets | None]:
+    """Returns the targets of a batch, and those of the second task of BERT's pre-training.
+
+    With a decoder they are `decoder_target_tokens` and `decoder_loss_weights` `[B, T]`. For an encoder alone, by head:
+    `masked_lm`, `pretraining` and `token_classification` `encoder_target_tokens` and `encoder_loss_weights` `[B, S]`;
+    `sequence_classification` `labels` `[B]`; `span` `start_positions` and `end_positions` `[B]`; for the second task
+    `next_sentence_labels` `[B]`. A row of padding alone does not count.
+
+    Raises:
+      InputError: an encoder without a head predicts nothing.
+    """
+    if config.num_decoder_layers:
+        return Targets(batch["decoder_target_tokens"], batch["decoder_loss_weights"]), None
+    if config.head is None:
+        raise InputError("an encoder without model.head predicts nothing that it could learn")
+    rows = jnp.max(encoder_segments(batch, config.pad_id), axis=1).clip(0, 1).astype(jnp.float32)
+    if config.head == "sequence_classification":
+        return Targets(batch["labels"], rows), None
+    if config.head == "span":
+        spans = jnp.stack([batch["start_positions"], batch["end_positions"]], axis=1)
+        return Targets(spans, jnp.broadcast_to(rows[:, None], spans.shape)), None
+    second = Targets(batch["next_sentence_labels"], rows) if config.head == "pretraining" else None
+    return Targets(batch["encoder_target_tokens"], batch["encoder_loss_weights"]), second
+
+
 def batch_loss(
-    model: Transformer, params: Any, batch: Batch, *, z_loss: float = 0.0, dropout_key: jax.Array | None = None
+    model: Transformer,
+    params: Any,
+    batch: Batch,
+    *,
+    z_loss: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    second_task: jax.Array | float | None = None,
 ) -> LossSums:
-    """Returns the loss sums of a batch (see `LossSums`); dropout is on when there is a key."""
+    """Returns the loss sums of a batch (see `LossSums`); dropout is on when there is a key.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      batch: with the targets of `batch_targets`.
+      z_loss: coefficient.
+      dropout_key: for dropout.
+      second_task: what an example of the second task weighs, see `LossSums.auxiliary`; by default this batch's share.
+    """
+    first, second = batch_targets(model.config, batch)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    logits: Any = model.apply({"params": params}, batch, enable_dropout=dropout_key is not None, rngs=rngs)
-    return cross_entropy(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"], z_loss)
+    call = partial(model.apply, {"params": params}, batch, enable_dropout=dropout_key is not None, rngs=rngs)
+    if second is None:
+        logits: Any = call()
+        if model.config.head == "span":  # the classes are positions, and padding is none of them
+            real = encoder_segments(batch, model.config.pad_id) > 0
+            logits = jnp.swapaxes(jnp.where(real[..., None], logits, MASKED), 1, 2)
+        return cross_entropy(logits, *first, z_loss)
+    logits, second_logits = cast(Any, call(method="pretrain"))
+    share = _second_task_share(model.config, batch) if second_task is None else second_task
+    auxiliary = cross_entropy(second_logits, *second).cross_entropy * share
+    return cross_entropy(logits, *first, z_loss)._replace(auxiliary=auxiliary)
+
+
+def _second_task_share(config: TransformerConfig, batch: Batch) -> jax.Array | float:
+    first, second = batch_targets(config, batch)
+    if second is None:
+        return 0.0
+    return jnp.sum(first.weights) / jnp.maximum(jnp.sum(second.weights), 1.0)
 
 
 def loss_gradients(
@@ -41,12 +109,15 @@ def loss_gradients(
       z_loss: coefficient.
       key: for dropout.
     """
-    total = jnp.maximum(jnp.sum(batch["decoder_loss_weights"]), 1.0)
+    config = model.config
+    total = jnp.maximum(jnp.sum(batch_targets(config, batch)[0].weights), 1.0)
+    share = _second_task_share(config, batch)
+    has_dropout = any((config.dropout_rate, config.attention_dropout_rate, config.mlp_dropout_rate))
 
     def loss(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, LossSums]:
-        dropout_key = jax.random.fold_in(key, index) if model.config.dropout_rate else None
-        sums = batch_loss(model, params, part, z_loss=z_loss, dropout_key=dropout_key)
-        return (sums.cross_entropy + sums.z_loss) / total, sums
+        dropout_key = jax.random.fold_in(key, index) if has_dropout else None
+        sums = batch_loss(model, params, part, z_loss=z_loss, dropout_key=dropout_key, second_task=share)
+        return (sums.cross_entropy + sums.z_loss + sums.auxiliary) / total, sums
 
     gradient = jax.grad(loss, has_aux=True)
     if microbatches == 1:
@@ -103,6 +174,8 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
+        if model.config.head == "pretraining":
+            metrics["next_sentence_loss"] = sums.auxiliary / tokens
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     layouts = state_shardings(state)

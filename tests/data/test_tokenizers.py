@@ -175,11 +175,60 @@ def test_save_round_trip(tmp_path, kind, trained, plain_model):
     tokenizer.save(tmp_path / "run" / "tokenizer")
     again = load_tokenizer(str(tmp_path / "run" / "tokenizer"), extra_ids=55)  # what was saved wins
     assert type(again) is type(tokenizer)
-    for name in ("vocab_size", "sentinels", "pad_id", "eos_id", "unk_id", "bos_id"):
+    for name in (
+        "vocab_size",
+        "sentinels",
+        "pad_id",
+        "eos_id",
+        "unk_id",
+        "bos_id",
+        "mask_id",
+        "prefix_ids",
+        "suffix_ids",
+    ):
         assert getattr(again, name) == getattr(tokenizer, name)
     assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
     if kind == "added":
         assert (tmp_path / "run" / "tokenizer" / "spiece.model").read_bytes() == plain_model.read_bytes()
+
+
+def test_what_models_expect_around_a_text(trained, plain_model):
+    for tokenizer, eos in ((trained, 1), (SentencePieceTokenizer(plain_model), 2), (ByteTokenizer(), 1)):
+        assert (tokenizer.prefix_ids, tokenizer.suffix_ids, tokenizer.mask_id) == ((), (eos,), None)
+
+
+def test_transformers_is_told_of_the_vocabularies_that_its_classes_read_alike(tmp_path, corpus, trained, plain_model):
+    bpe = train_sentencepiece(corpus, tmp_path / "bpe.model", 500, "bpe", extra_ids=10)
+    spelled = train_sentencepiece(corpus, tmp_path / "spelled.model", 600, extra_ids=10, byte_fallback=True)
+    for tokenizer, expected in (
+        (trained, "T5Tokenizer"),
+        (ByteTokenizer(), "ByT5Tokenizer"),
+        # transformers' T5 has no other algorithm, no bytes, and no other ids of pad, EOS and unknown.
+        (bpe, None),
+        (spelled, None),
+        (SentencePieceTokenizer(plain_model), None),
+    ):
+        tokenizer.save(tmp_path / "saved")
+        settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+        assert settings.get("tokenizer_class") == expected
+        # Its sentinels come on top of the model's pieces: ours are pieces.
+        assert settings["extra_ids"] == (100 if tokenizer.bos_id == 1 else 0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"t5x_lite_tokenizer": "sentencepiece", "extra_ids": 0}, {"t5x_lite_tokenizer": "bytes"}]
+)
+def test_a_directory_of_an_earlier_version_stays_as_it_was(tmp_path, trained, settings):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if settings["t5x_lite_tokenizer"] == "sentencepiece":
+        trained.save(tmp_path / "model")
+        (tmp_path / "old" / "spiece.model").write_bytes((tmp_path / "model" / "spiece.model").read_bytes())
+    tokenizer = load_tokenizer(tmp_path / "old")
+    assert tokenizer.encode("hello") == (trained if "extra_ids" in settings else ByteTokenizer()).encode("hello")
+    tokenizer.save(tmp_path / "new")
+    contents = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("old", "new")]
+    assert contents[0] == contents[1]
 
 
 def test_load_from_a_foreign_directory(tmp_path, plain_model):

@@ -1,7 +1,5 @@
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,10 +8,9 @@ import numpy as np
 import pytest
 
 from t5x_lite import sharding
-from t5x_lite.models import PRESETS, TransformerConfig, build, count_parameters
+from t5x_lite.models import PRESETS, TransformerConfig, build
 from t5x_lite.training.step import batch_loss
 
-PUBLISHED = json.loads(Path(__file__).with_name("published_counts.json").read_text())["counts"]
 FAMILIES = ("v1_0_config", "tiny_config", "umt5_config")
 
 # How the real ones differ from each other, at a size that compiles in a second or two.
@@ -44,15 +41,6 @@ def paths(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
-
-
-def test_every_preset_has_a_published_count_and_the_other_way_round() -> None:
-    assert set(PRESETS) == set(PUBLISHED)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_parameter_counts_are_the_published_ones(name: str) -> None:
-    assert count_parameters(name) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

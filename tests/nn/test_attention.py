@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.nn.attention import Attention, KeysValues, Mask, dot_product_attention
+from t5x_lite.nn.positions import rotation
 
 B, T, S, H, K, D = 2, 5, 7, 3, 4, 6
 RNG = np.random.default_rng(0)
@@ -80,49 +81,172 @@ def test_logits_and_softmax_of_bfloat16_inputs_are_float32() -> None:
     )
 
 
-def test_dropout_of_the_weights_shares_its_mask_along_the_queries() -> None:
-    # With unit vectors for values the result is the weights themselves.
-    value = np.broadcast_to(np.eye(S, dtype=np.float32)[None, :, None, :], (B, S, H, S))
-    module = Attention(D, H, S, dropout_rate=0.5)
-    x = normal(B, T, D)
-    variables = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x, KeysValues(normal(B, S, H, S), value), ALL))
+@pytest.mark.parametrize("shared", [True, False])
+def test_dropout_of_the_weights_shares_its_mask_along_the_queries(shared: bool) -> None:
+    module = Attention(D, H, H, K, dropout_rate=0.5, dropout_shared=shared)
+    x, keys_values = normal(B, T, D), KeysValues(KEY, VALUE)
+    variables = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x, keys_values, ALL))
+    seen = []
 
-    def weights(keys_values: KeysValues, key: int) -> np.ndarray:
-        seen = []
+    def record(module: Attention, x: jax.Array) -> jax.Array:
+        def dropout(w: jax.Array) -> jax.Array:
+            seen.append(module.dropout(w, enabled=True))
+            return seen[-1]
 
-        def record(module: Attention, x: jax.Array) -> jax.Array:
-            def dropout(w: jax.Array) -> jax.Array:
-                seen.append(module.dropout(w, enabled=True))
-                return seen[-1]
+        query = module.query(x).reshape(B, T, H, K)
+        return dot_product_attention(query, keys_values, ALL, None, dropout=dropout)
 
-            return dot_product_attention(module._split(module.query(x)), keys_values, ALL, None, dropout=dropout)
-
-        module.apply(variables, x, method=record, rngs={"dropout": jax.random.key(key)})
-        return np.asarray(seen[0])
-
-    kept = weights(KeysValues(normal(B, S, H, S), value), 1) > 0  # [B, H, T, S]
-    np.testing.assert_array_equal(kept, np.broadcast_to(kept[:, :, :1], kept.shape))
+    module.apply(variables, x, method=record, rngs={"dropout": jax.random.key(1)})
+    kept = np.asarray(seen[0]) > 0  # [B, H, T, S]
     assert 0 < kept.mean() < 1
     assert len(np.unique(kept[:, :, 0].reshape(B * H, S), axis=0)) > 1
+    same = kept == kept[:, :, :1]
+    assert same.all() if shared else not same.all()
 
 
-def test_module_joins_heads_in_two_dimensional_kernels() -> None:
-    module = Attention(D, H, K)
+def test_the_module_drops_when_asked_to() -> None:
+    module = Attention(D, H, H, K, dropout_rate=0.5)
+    x, keys_values = normal(B, T, D), KeysValues(KEY, VALUE)
+    variables = module.init(jax.random.key(0), x, keys_values, ALL)
+    whole = module.apply(variables, x, keys_values, ALL)
+    key = {"dropout": jax.random.key(1)}
+    np.testing.assert_array_equal(module.apply(variables, x, keys_values, ALL, rngs=key), whole)
+    dropped = module.apply(variables, x, keys_values, ALL, enable_dropout=True, rngs=key)
+    assert np.max(np.abs(dropped - whole)) > 0.1
+
+
+def module_params(kv_heads: int, heads: int, use_bias: bool) -> dict:
+    """Random parameters of `Attention(D, heads, kv_heads, K)`."""
+    widths = {"query": heads * K, "key": kv_heads * K, "value": kv_heads * K}
+    shapes = {name: (D, width) for name, width in widths.items()} | {"out": (heads * K, D)}
+    biases = {name: {"bias": normal(shape[1])} if use_bias else {} for name, shape in shapes.items()}
+    return {name: {"kernel": normal(*shape)} | biases[name] for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_module_joins_heads_in_two_dimensional_kernels(scaled: bool, use_bias: bool) -> None:
+    module = Attention(D, H, H, K, scaled=scaled, use_bias=use_bias)
     x, source = normal(B, T, D), normal(B, S, D)
-    kernels = {
-        name: normal(*shape)
-        for name, shape in zip(["query", "key", "value", "out"], [(D, H * K)] * 3 + [(H * K, D)], strict=True)
-    }
-    variables = {"params": {name: {"kernel": kernel} for name, kernel in kernels.items()}}
+    params = module_params(H, H, use_bias)
+
+    def dense(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ params[name]["kernel"] + params[name].get("bias", 0)
 
     def heads(x: np.ndarray, name: str) -> np.ndarray:
-        return (x @ kernels[name]).reshape(*x.shape[:2], H, K)
+        return dense(x, name).reshape(*x.shape[:2], H, K)
 
-    expected = attend(heads(x, "query"), heads(source, "key"), heads(source, "value"), np.ones((B, T, S)), BIAS)
-    keys_values = module.apply(variables, source, method="project")
-    got = module.apply(variables, x, keys_values, ALL, BIAS)
+    query = heads(x, "query") / (np.sqrt(K) if scaled else 1)
+    expected = attend(query, heads(source, "key"), heads(source, "value"), np.ones((B, T, S)), BIAS)
+    keys_values = module.apply({"params": params}, source, method="project")
+    got = module.apply({"params": params}, x, keys_values, ALL, BIAS)
     # Logits of size 20 in float32, exponentiated: 20 * 6e-8 of numbers as large as 30.
-    np.testing.assert_allclose(got, expected.reshape(B, T, H * K) @ kernels["out"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, dense(expected.reshape(B, T, H * K), "out"), rtol=1e-4, atol=1e-4)
+
+
+def test_biases_are_there_if_asked_for_and_start_at_zero() -> None:
+    x = normal(B, T, D)
+
+    def init(use_bias: bool) -> dict:
+        # Keys and values come from `project`, so a method that calls both creates all four.
+        def both(module: Attention) -> jax.Array:
+            return module(x, module.project(x), Mask(ALL.query_segments, ALL.query_segments))
+
+        return Attention(D, H, H, K, use_bias=use_bias).init(jax.random.key(0), method=both)["params"]
+
+    assert all(part.keys() == {"kernel"} for part in init(False).values())
+    params = init(True)
+    assert params.keys() == {"query", "key", "value", "out"}
+    for part in params.values():
+        np.testing.assert_array_equal(part["bias"].unbox(), np.zeros(part["kernel"].unbox().shape[1]))
+
+
+# --- grouped and multi-query attention ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+def test_grouped_queries_are_multi_head_attention_with_repeated_keys_and_values(kv_heads: int) -> None:
+    heads = 6
+    params = module_params(kv_heads, heads, use_bias=True)
+    x, mask = normal(B, T, D), Mask(ALL.query_segments, ALL.query_segments, jnp.arange(T)[None])
+    turn = rotation(jnp.arange(T)[None], K, 10000.0)
+
+    def repeated(columns: np.ndarray) -> np.ndarray:
+        split = columns.reshape(*columns.shape[:-1], kv_heads, K)
+        return np.repeat(split, heads // kv_heads, axis=-2).reshape(*columns.shape[:-1], heads * K)
+
+    whole = params | {name: jax.tree.map(repeated, params[name]) for name in ("key", "value")}
+
+    def run(params: dict, kv_heads: int) -> jax.Array:
+        module = Attention(D, heads, kv_heads, K, scaled=True, use_bias=True)
+        keys_values = module.apply({"params": params}, x, turn, method="project")
+        assert keys_values.key.shape == keys_values.value.shape == (B, T, kv_heads, K)
+        return module.apply({"params": params}, x, keys_values, mask, rotation=turn)
+
+    # The same float32 products in another order.
+    np.testing.assert_allclose(run(params, kv_heads), run(whole, heads), rtol=1e-5, atol=1e-4)
+
+
+def test_each_group_serves_neighbouring_heads() -> None:
+    query = normal(B, T, 6, K)
+    keys_values = KeysValues(KEY[:, :, :2], VALUE[:, :, :2])
+    bias = normal(1, 6, T, S)
+    key, value = (np.repeat(x, 3, axis=2) for x in (keys_values.key, keys_values.value))
+    expected = attend(query, key, value, np.ones((B, T, S)), bias)
+    np.testing.assert_allclose(dot_product_attention(query, keys_values, ALL, bias), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_queries_and_keys_are_rotated_and_values_are_not() -> None:
+    module, params = Attention(D, H, H, K), module_params(H, H, use_bias=False)
+    x, positions = normal(B, T, D), jnp.array([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])
+    turn, still = rotation(positions, K, 100.0), rotation(jnp.zeros_like(positions), K, 100.0)
+    plain, rotated = (module.apply({"params": params}, x, r, method="project") for r in (still, turn))
+    np.testing.assert_array_equal(rotated.value, plain.value)
+    np.testing.assert_allclose(rotated.key, turn.turn(plain.key), rtol=1e-6)
+    mask = Mask(ALL.query_segments, ALL.query_segments)
+    got = module.apply({"params": params}, x, rotated, mask, rotation=turn)
+    query = np.asarray(turn.turn(jnp.asarray((x @ params["query"]["kernel"]).reshape(B, T, H, K))))
+    none = np.zeros((1, H, T, T))
+    expected = attend(query, np.asarray(rotated.key), np.asarray(plain.value), np.ones((B, T, T)), none)
+    np.testing.assert_allclose(got, expected.reshape(B, T, -1) @ params["out"]["kernel"], rtol=1e-4, atol=1e-4)
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
+
+
+def windowed(window: int, causal: bool) -> np.ndarray:
+    """Who sees whom, one pair at a time: the window counts the query itself."""
+    expected = np.zeros((2, 9, 9), bool)
+    for b, t, s in np.ndindex(expected.shape):
+        if SEGMENTS[b, t] == SEGMENTS[b, s] != 0:
+            back = t - s
+            expected[b, t, s] = (0 <= back or not causal) and abs(back) <= window - 1
+    return expected
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 2, 3, 9, 2**30])
+def test_windows(window: int, causal: bool) -> None:
+    positions = jnp.arange(9)[None] if causal else None
+    allowed = Mask(SEGMENTS, SEGMENTS, positions, jnp.int32(window)).allowed()
+    np.testing.assert_array_equal(allowed[:, 0], windowed(window, causal))
+    if window >= 9:
+        np.testing.assert_array_equal(allowed, Mask(SEGMENTS, SEGMENTS, positions).allowed())
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_windows_of_rows_that_stand_at_different_places_of_a_cache(window: int) -> None:
+    positions = np.array([[3, 4], [6, 7]])
+    mask = Mask(jnp.ones((2, 2), jnp.int32), jnp.ones((2, 9), jnp.int32), jnp.asarray(positions), jnp.int32(window))
+    expected = np.zeros((2, 2, 9), bool)
+    for b, t, s in np.ndindex(expected.shape):
+        expected[b, t, s] = s in range(max(0, positions[b, t] - window + 1), positions[b, t] + 1)
+    np.testing.assert_array_equal(mask.allowed()[:, 0], expected)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 2])

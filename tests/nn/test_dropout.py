@@ -40,3 +40,32 @@ def test_keys_decide() -> None:
 
 def test_keeps_bfloat16() -> None:
     assert drop(jnp.ones((2, 3, 4), jnp.bfloat16), 0.5).dtype == jnp.bfloat16
+
+
+def test_elementwise_masks_are_shared_along_nothing() -> None:
+    dropped = np.asarray(drop(jnp.ones((16, 9, 32)), 0.5, shared=False))
+    for axis in range(3):
+        rows = np.moveaxis(dropped, axis, 0).reshape(dropped.shape[axis], -1)
+        assert len(np.unique(rows, axis=0)) == len(rows)
+    # Neighbours along the length agree by chance alone: half of 4,096 pairs, five standard errors.
+    assert abs(np.mean(dropped[:, 1:] == dropped[:, :-1]) - 0.5) < 5 * 0.5 / np.sqrt(16 * 8 * 32)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.75])
+def test_elementwise_keeps_the_mean_and_drops_at_the_rate(rate: float) -> None:
+    dropped = np.asarray(drop(2 * jnp.ones((4, 100, 400)), rate, shared=False))
+    error = 5 * np.sqrt(rate * (1 - rate) / dropped.size)
+    assert abs(np.mean(dropped == 0) - rate) < error
+    np.testing.assert_allclose(dropped[dropped != 0], 2 / (1 - rate), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("shared", "bits"), [(True, 16 * 32), (False, 16 * 9 * 32)])
+def test_a_shared_mask_needs_as_many_fewer_random_numbers_as_a_row_is_long(shared: bool, bits: int) -> None:
+    jaxpr = jax.make_jaxpr(lambda x: drop(x, 0.5, shared=shared))(jnp.ones((16, 9, 32)))
+
+    def sizes(jaxpr) -> list[int]:
+        inner = [value.jaxpr for eqn in jaxpr.eqns for value in eqn.params.values() if hasattr(value, "jaxpr")]
+        drawn = [eqn.outvars[0].aval.size for eqn in jaxpr.eqns if eqn.primitive.name == "random_bits"]
+        return drawn + [size for part in inner for size in sizes(part)]
+
+    assert sizes(jaxpr.jaxpr) == [bits]

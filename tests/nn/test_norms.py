@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from t5x_lite.nn.norms import RMSNorm
+from t5x_lite.nn.norms import LayerNorm, RMSNorm
 
 SCALE = np.linspace(0.5, 2.0, 512).astype(np.float32)
 
@@ -45,3 +46,58 @@ def test_scale_starts_at_one_in_float32() -> None:
     scale = RMSNorm(dtype=jnp.bfloat16).init(jax.random.key(0), jnp.ones((1, 8), jnp.bfloat16))["params"]["scale"]
     assert scale.unbox().dtype == jnp.float32
     np.testing.assert_array_equal(scale.unbox(), np.ones(8))
+
+
+# --- layer norm -----------------------------------------------------------------------------------------------------
+
+BIAS = np.linspace(-1.0, 3.0, 512).astype(np.float32)
+
+
+def layer_norm(x: np.ndarray, epsilon: float, bias: np.ndarray | float = BIAS) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    return centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + epsilon) * SCALE + bias
+
+
+def apply_layer_norm(x: jax.Array, use_bias: bool = True, epsilon: float = 1e-5, **attributes) -> jax.Array:
+    params = {"scale": jnp.asarray(SCALE)} | ({"bias": jnp.asarray(BIAS)} if use_bias else {})
+    return LayerNorm(epsilon, use_bias, **attributes).apply({"params": params}, x)
+
+
+# The mean is a sum of 512 numbers of its own size, rounded to 24 bits: an error of 1e-7 of it, and times the scale.
+@pytest.mark.parametrize(("mean", "atol"), [(0.0, 2e-6), (3.0, 5e-6), (-1000.0, 1e-3)])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_layer_norm_takes_mean_and_variance_over_the_features(mean: float, atol: float, use_bias: bool) -> None:
+    x = np.random.default_rng(0).normal(mean, 1.0, (2, 3, 512)).astype(np.float32)
+    expected = layer_norm(x, 1e-5, BIAS if use_bias else 0.0)
+    # E[x^2] - E[x]^2 in float32 has an error of 0.06 in the variance, at a mean of 1000 and a variance of 1.
+    np.testing.assert_allclose(apply_layer_norm(jnp.asarray(x), use_bias), expected, rtol=2e-6, atol=atol)
+
+
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-6, 1e-5])
+def test_layer_norm_adds_epsilon_to_the_variance(epsilon: float) -> None:
+    x = 1e-3 * np.random.default_rng(1).normal(size=(2, 512)).astype(np.float32)
+    got = apply_layer_norm(jnp.asarray(x), epsilon=epsilon)
+    np.testing.assert_allclose(got, layer_norm(x, epsilon), rtol=2e-6, atol=3e-6)
+    np.testing.assert_allclose(apply_layer_norm(jnp.full((1, 512), 7.0), epsilon=epsilon)[0], BIAS, atol=1e-6)
+
+
+def test_layer_norm_of_bfloat16_has_float32_statistics() -> None:
+    x = jnp.asarray(np.random.default_rng(2).normal(2.0, 30.0, (4, 512)), jnp.bfloat16)
+    got = apply_layer_norm(x)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, layer_norm(x.astype(jnp.float32), 1e-5), rtol=2e-6, atol=5e-6)
+    rounded = apply_layer_norm(x, dtype=jnp.bfloat16)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rounded, got.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_layer_norm_starts_as_the_plain_one(use_bias: bool) -> None:
+    variables = LayerNorm(1e-5, use_bias, dtype=jnp.bfloat16).init(jax.random.key(0), jnp.ones((1, 8), jnp.bfloat16))
+    params = {name: box.unbox() for name, box in variables["params"].items()}
+    assert params.keys() == ({"scale", "bias"} if use_bias else {"scale"})
+    assert {value.dtype for value in params.values()} == {jnp.dtype("float32")}
+    np.testing.assert_array_equal(params["scale"], np.ones(8))
+    if use_bias:
+        np.testing.assert_array_equal(params["bias"], np.zeros(8))

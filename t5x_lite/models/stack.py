@@ -1,0 +1,255 @@
+"""An encoder or a decoder: a scan over layers that every family configures."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from t5x_lite.models.config import TransformerConfig
+from t5x_lite.models.initialization import Initializers, initializers
+from t5x_lite.nn.attention import Attention, KeysValues, Mask
+from t5x_lite.nn.dropout import Dropout
+from t5x_lite.nn.embeddings import SmallEmbedding
+from t5x_lite.nn.feed_forward import FeedForward
+from t5x_lite.nn.norms import LayerNorm, RMSNorm
+from t5x_lite.nn.positions import RelativeBias, Rotation, rotation, sinusoids
+from t5x_lite.sharding import constrain
+
+# What the backward pass finds stored, from most memory to least. None: everything XLA likes to keep.
+REMAT_POLICIES: Mapping[str, Any] = {
+    "none": None,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+_NO_WINDOW = 2**30  # further than any two tokens are apart
+
+
+@struct.dataclass
+class LayerCache:
+    """What a decoder layer keeps between calls; `[B, ...]` in a layer, `[layers, B, ...]` in a stack.
+
+    Attributes:
+      self_attention: its own keys and values.
+      cross_attention: those of the encoder's output; None in a decoder without an encoder.
+    """
+
+    self_attention: KeysValues
+    cross_attention: KeysValues | None
+
+
+@struct.dataclass
+class Context:
+    """What all layers of a stack share in one call.
+
+    Attributes:
+      mask: of the self-attention.
+      positions: int32 `[B, T]`, where each token stands in its text.
+      token_types: int32 `[B, T]`, or None: all 0.
+      bias: float32 `[1 or B, H, T, S]`, or None where there is none, or each layer has its own.
+      rotation: of queries and keys at `positions`, or None.
+      encoded: `[B, S, D]`; None without an encoder, and where the cache already holds its projections.
+      cross_mask: of the cross-attention; None without one.
+      cache_position: int32 `[B]`, the cache slot of the first query; None without a cache.
+    """
+
+    mask: Mask
+    positions: jax.Array
+    token_types: jax.Array | None = None
+    bias: jax.Array | None = None
+    rotation: Rotation | None = None
+    encoded: jax.Array | None = None
+    cross_mask: Mask | None = None
+    cache_position: jax.Array | None = None
+
+
+def make_norm(config: TransformerConfig, dtype: Any, name: str) -> nn.Module:
+    """Returns the family's norm layer."""
+    if config.norm == "rms":
+        return RMSNorm(config.norm_epsilon, dtype=dtype, name=name)
+    return LayerNorm(config.norm_epsilon, use_bias=config.bias, dtype=dtype, name=name)
+
+
+def make_dropout(config: TransformerConfig) -> Dropout:
+    """Returns the dropout of embeddings and sub-layers."""
+    return Dropout(config.dropout_rate, shared=config.dropout_style == "t5")
+
+
+def relative_bias(config: TransformerConfig, is_decoder: bool) -> RelativeBias:
+    """Returns the position bias of a stack (or of a layer, where each has its own)."""
+    return RelativeBias(
+        config.heads(is_decoder),
+        bidirectional=not is_decoder,
+        num_buckets=config.relative_bias_buckets,
+        max_distance=config.relative_bias_max_distance,
+        name="position_bias",
+    )
+
+
+def _or(rate: float | None, default: float) -> float:
+    return default if rate is None else rate
+
+
+class Layer(nn.Module):
+    """One block: self-attention, cross-attention where there is an encoder to look at, feed-forward."""
+
+    config: TransformerConfig
+    is_decoder: bool
+    dtype: Any
+    enable_dropout: bool
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: Context, cache: LayerCache | None, window: jax.Array | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Maps `[B, T, D]` to itself, and the layer's cache to the next one."""
+        cfg = self.config
+        inits = initializers(cfg)
+        kept: dict[str, KeysValues | None] = {"cross_attention": None}
+        mask = context.mask if window is None else dataclasses.replace(context.mask, window=window)
+
+        def self_attention(y: jax.Array) -> jax.Array:
+            attend = self._attention("self_attention", inits)
+            keys_values = attend.project(y, context.rotation)
+            if cache is not None:
+                keys_values = cache.self_attention.write(keys_values, cast(jax.Array, context.cache_position))
+            kept["self_attention"] = keys_values
+            bias = context.bias
+            if bias is None and cfg.positions == "relative":
+                length = keys_values.key.shape[1]
+                bias = relative_bias(cfg, self.is_decoder)(y.shape[1], length, context.mask.query_positions)
+            return attend(y, keys_values, mask, bias, context.rotation, enable_dropout=self.enable_dropout)
+
+        def cross_attention(y: jax.Array) -> jax.Array:
+            attend = self._attention("cross_attention", inits)
+            if context.encoded is not None:
+                keys_values = attend.project(context.encoded)
+            else:
+                keys_values = cast(KeysValues, cast(LayerCache, cache).cross_attention)
+            kept["cross_attention"] = keys_values
+            return attend(y, keys_values, cast(Mask, context.cross_mask), enable_dropout=self.enable_dropout)
+
+        def feed_forward(y: jax.Array) -> jax.Array:
+            block = FeedForward(
+                cfg.stack_mlp_dim(self.is_decoder),
+                cfg.activation,
+                cfg.gated,
+                use_bias=cfg.bias,
+                kernel_init=inits.kernel,
+                residual_init=inits.residual,
+                dropout_rate=_or(cfg.mlp_dropout_rate, cfg.dropout_rate),
+                dropout_shared=cfg.dropout_style == "t5",
+                dtype=self.dtype,
+                name="mlp",
+            )
+            return block(y, enable_dropout=self.enable_dropout)
+
+        if cfg.parallel_block:
+            x = self._sublayer(x, "self_attention", lambda y: self_attention(y) + feed_forward(y))
+        else:
+            x = self._sublayer(x, "self_attention", self_attention)
+            if context.cross_mask is not None:
+                x = self._sublayer(x, "cross_attention", cross_attention)
+            x = self._sublayer(x, "mlp", feed_forward)
+        return x, None if cache is None else LayerCache(**cast(Any, kept))
+
+    def _attention(self, name: str, inits: Initializers) -> Attention:
+        cfg = self.config
+        return Attention(
+            cfg.embed_dim,
+            cfg.heads(self.is_decoder),
+            cfg.kv_heads(self.is_decoder),
+            cfg.stack_head_dim(self.is_decoder),
+            scaled=cfg.scaled_attention,
+            use_bias=cfg.bias,
+            kernel_init=inits.kernel,
+            query_init=inits.query,
+            residual_init=inits.residual,
+            dropout_rate=_or(cfg.attention_dropout_rate, cfg.dropout_rate),
+            dropout_shared=cfg.dropout_style == "t5",
+            dtype=self.dtype,
+            name=name,
+        )
+
+    def _sublayer(self, x: jax.Array, name: str, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        norm: Any = make_norm(self.config, self.dtype, f"{name}_norm")
+        pre = self.config.norm_position == "pre"
+        y = function(norm(x) if pre else x)
+        x = x + make_dropout(self.config)(y, enabled=self.enable_dropout)
+        return constrain(x if pre else norm(x), "batch", "length", "features")
+
+
+class Stack(nn.Module):
+    """An encoder or a decoder: `lax.scan` over its layers, so that compile time does not grow with depth."""
+
+    config: TransformerConfig
+    is_decoder: bool
+    dtype: Any
+    remat: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: Context, cache: LayerCache | None = None, *, enable_dropout: bool = False
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Maps token embeddings `[B, T, D]` to hidden states, and the cache `[layers, ...]` to the next one."""
+        cfg = self.config
+        depth = cfg.num_decoder_layers if self.is_decoder else cfg.num_encoder_layers
+        x = self._embed(x, context, enable_dropout)
+        if cfg.positions == "rotary":
+            turn = rotation(context.positions, cfg.stack_head_dim(self.is_decoder), cfg.rotary_base, cfg.rotary_scaling)
+            context = dataclasses.replace(context, rotation=turn)
+        if cfg.positions == "relative" and not cfg.relative_bias_per_layer:
+            key_length = x.shape[1] if cache is None else cache.self_attention.key.shape[2]
+            # Without a cache every row counts from 0, and one bias serves the whole batch.
+            positions = None if cache is None else context.mask.query_positions
+            bias = relative_bias(cfg, self.is_decoder)(x.shape[1], key_length, positions)
+            context = dataclasses.replace(context, bias=bias)
+        windows = None
+        if cfg.attention_window:
+            dense = cfg.alternating_window & (jnp.arange(depth) % 2 == 0)
+            windows = jnp.where(dense, _NO_WINDOW, cfg.attention_window)
+
+        layer = Layer
+        if self.remat != "none":
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=cast(Any, (nn.broadcast, 0, 0)),
+            length=depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, self.is_decoder, self.dtype, enable_dropout, name="layers")
+        x, cache = layers(x, context, cache, windows)
+
+        if cfg.final_norm:
+            x = cast(Any, make_norm(cfg, self.dtype, "final_norm"))(x)
+        if cfg.dropout_style == "t5":
+            x = make_dropout(cfg)(x, enabled=enable_dropout)
+        return x, cache
+
+    def _embed(self, x: jax.Array, context: Context, enable_dropout: bool) -> jax.Array:
+        cfg = self.config
+        if cfg.scaled_embedding:
+            x = x * cfg.embed_dim**0.5
+        # Under causal masks of whole rows the positions are the same in each: one look-up then serves all of them,
+        # which XLA cannot see, but a batch this small does not notice.
+        if cfg.positions == "learned":
+            rows = cfg.max_positions + cfg.position_offset
+            x = x + self._table("positions", rows)(context.positions + cfg.position_offset)
+        elif cfg.positions == "sinusoidal":
+            x = x + sinusoids(context.positions, cfg.embed_dim).astype(self.dtype)
+        if cfg.token_types and not self.is_decoder:
+            types = jnp.zeros_like(context.positions) if context.token_types is None else context.token_types
+            x = x + self._table("token_types", cfg.token_types, axis="types")(types)
+        if cfg.embedding_norm:
+            x = cast(Any, make_norm(cfg, self.dtype, "embedding_norm"))(x)
+        return make_dropout(cfg)(x, enabled=enable_dropout)
+
+    def _table(self, name: str, rows: int, axis: str = "positions") -> SmallEmbedding:
+        init = initializers(self.config).positions
+        return SmallEmbedding(rows, self.config.embed_dim, axis, init, dtype=self.dtype, name=name)
