@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite.config import DataConfig, RunConfig, TrainConfig, run_directory
+from t5x_lite.data.huggingface_tokenizers import CONFIG
 from t5x_lite.data.objectives import SpanCorruption
 from t5x_lite.data.pipeline import Dataset, hold_out, span_corruption_dataset, text_to_text_dataset
 from t5x_lite.data.sources import check_columns, read_records
-from t5x_lite.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from t5x_lite.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, train_sentencepiece
 from t5x_lite.errors import InputError
 from t5x_lite.run_directory import has_begun
 
@@ -131,7 +132,7 @@ def obtain_tokenizer(
       extra_ids: sentinels to add if it has none.
       texts: what to train it on.
       directory: the run's `tokenizer/`; written completely or not at all. One that is there is replaced.
-      expected: a saved tokenizer that it has to equal, because parameters were trained with that one.
+      expected: directory of a tokenizer that it has to equal, because parameters were trained with that one.
 
     Raises:
       InputError: a spec that is none of these, training that fails, or a tokenizer other than the expected.
@@ -150,11 +151,10 @@ def obtain_tokenizer(
             tokenizer = load_tokenizer(str(Path(spec).expanduser()) if spec != "bytes" else spec, extra_ids)
         saved = Path(folder) / "tokenizer"
         tokenizer.save(saved)
-        if expected and _contents(saved) != _contents(expected):
-            theirs = load_tokenizer(expected).vocab_size
+        if expected and not _same(tokenizer, theirs := load_tokenizer(expected), Path(folder)):
             raise InputError(
-                f"tokenizer '{spec}' ({tokenizer.vocab_size} tokens) is not the one in {expected} ({theirs} tokens)"
-                " that the parameters of init_from were trained with; leave tokenizer= out to use that one"
+                f"tokenizer '{spec}' ({tokenizer.vocab_size} tokens) is not the one in {expected} ({theirs.vocab_size}"
+                " tokens) that the parameters of init_from were trained with; leave tokenizer= out to use that one"
             )
         if directory.exists():
             directory.rename(Path(folder) / "replaced")
@@ -176,15 +176,25 @@ def run_tokenizer(config: RunConfig, texts: Iterable[str], directory: Path | Non
     own = Path(config.out).expanduser() / "tokenizer"
     if has_begun(own.parent):
         return load_tokenizer(own)
-    origin = run_directory(config.init_from) / "tokenizer" if config.init_from else None
-    if origin and not origin.exists():
-        origin = None
+    origin = None
+    if config.init_from:
+        # A run's tokenizer has a directory of its own; a published model's lies beside its weights.
+        run = run_directory(config.init_from)
+        candidates = run / "tokenizer", Path(config.init_from).expanduser()
+        origin = next((path for path in candidates if find_tokenizer(path)), None)
     spec = config.tokenizer or (str(origin) if origin else DEFAULT_TOKENIZER)
     return obtain_tokenizer(spec, config.extra_ids, texts, directory or own, expected=origin)
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def _same(one: Tokenizer, other: Tokenizer, folder: Path) -> bool:
+    """Returns whether two tokenizers have the same vocabulary and special ids; `folder` is for what is compared."""
+    saved = []
+    for number, tokenizer in enumerate((one, other)):
+        tokenizer.save(folder / str(number))
+        files = {path.name: path.read_bytes() for path in (folder / str(number)).iterdir() if path.name != CONFIG}
+        ids = (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.sentinels)
+        saved.append((type(tokenizer), ids, files))
+    return saved[0] == saved[1]
 
 
 def _blocks(texts: Sequence[str]) -> list[tuple[str, ...]]:

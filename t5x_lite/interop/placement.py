@@ -25,7 +25,7 @@ def place(leaf: Any, fill: Callable[[np.ndarray, Index], None]) -> jax.Array:
       fill: writes the part of the array that the index (slices with numbers) selects into its first argument.
     """
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-    layout = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    layout: Any = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for device, index in layout.addressable_devices_indices_map(leaf.shape).items():
         part = tuple(piece.indices(size)[:2] for piece, size in zip(index, leaf.shape, strict=True))
         holders.setdefault(part, []).append(device)

@@ -15,15 +15,9 @@ from t5x_lite.models import build
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "huggingface"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/ref.npz"))
-
-
 SIDES = ("encoder", "decoder")
 
 Arrays = dict[str, np.ndarray]
-
-
-def run(case: Any, outputs: Any) -> Arrays:
-    return outputs(case.model, case.params, case.batch)
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------
@@ -36,7 +30,7 @@ def test_every_fixture_is_there() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_loss_are_those_of_transformers(name: str, huggingface_case: Any, outputs: Any) -> None:
     case = huggingface_case(name)
-    got = run(case, outputs)
+    got = outputs(case.model, case.params, case.batch)
     compared = {"logits", "encoder_last_hidden_state", "pooled_output", "nsp_logits"} & case.reference.keys()
     assert compared <= got.keys()
     for output in compared:
@@ -143,6 +137,7 @@ def moved(params: Arrays, path: str, rows: int) -> Arrays:
     return params | {path: np.roll(params[path], rows, axis=0)}
 
 
+TYPES = "encoder/token_types/table"
 WEIGHTS: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
     "queries and keys exchanged: T5": ("t5_v1_1", exchanged),
     "queries and keys exchanged: GPT-2": ("gpt2", exchanged),
@@ -154,7 +149,7 @@ WEIGHTS: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
     "no position offset: BART's decoder": ("bart", lambda p: moved(p, "decoder/positions/table", 2)),
     "no position offset: RoBERTa": ("roberta_mlm", lambda p: moved(p, "encoder/positions/table", 2)),
     "positions from 1 on: GPT-2": ("gpt2", lambda p: moved(p, "decoder/positions/table", -1)),
-    "token types exchanged": ("bert_model", lambda p: moved(p, "encoder/token_types/table", 1)),
+    "token types ignored": ("bert_model", lambda p: p | {TYPES: np.repeat(p[TYPES][:1], len(p[TYPES]), axis=0)}),
 }
 
 
@@ -163,9 +158,7 @@ def test_a_mistake_in_the_weights_shows(mistake: str, huggingface_case: Any, out
     name, change = WEIGHTS[mistake]
     case = huggingface_case(name)
     params = unflatten_dict(change(flat(case.params)), sep="/")
-    effect = case.distance(outputs(case.model, params, case.batch))
-    print(f"EFFECT | {mistake} | {name} | {effect:.0f}")
-    assert effect > 10
+    assert case.distance(outputs(case.model, params, case.batch)) > 10
 
 
 @pytest.mark.parametrize("name", ["bart", "mbart", "gpt2", "openai_gpt", "bert_pretraining", "roberta_seqcls"])
@@ -173,17 +166,14 @@ def test_a_bias_that_is_dropped_shows(name: str, huggingface_case: Any, outputs:
     case = huggingface_case(name)
     params = flat(case.params)
     biases = [path for path in params if path.endswith("/bias")]
-    assert len(biases) >= 11
-    low = []
+    assert len(biases) >= 8
     for path in biases:
         damaged = unflatten_dict(params | {path: np.zeros_like(params[path])}, sep="/")
         effect = case.distance(outputs(case.model, damaged, case.batch))
-        if "/key/" in path:
-            assert effect < 1, path  # it adds the same to all logits of a query, and softmax takes that away
+        if "/key/" in path:  # it adds the same to all logits of a query, and softmax takes that away
+            assert effect < 1, path
         else:
-            low.append((effect, path))
             assert effect > 10, path
-    print(f"EFFECT | bias dropped | {name} {min(low)[1]} | {min(low)[0]:.0f}")
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -218,9 +208,7 @@ def test_a_mistake_in_the_configuration_shows(mistake: str, huggingface_case: An
     assert all(getattr(case.config, field) != value for field, value in changes.items())
     model = build(dataclasses.replace(case.config, **changes))
     output = "logits" if "logits" in case.reference else "encoder_last_hidden_state"
-    effect = case.distance({output: apply(model, case.params, case.batch)})
-    print(f"EFFECT | {mistake} | {name} | {effect:.0f}")
-    assert effect > 10
+    assert case.distance({output: apply(model, case.params, case.batch)}) > 10
 
 
 def test_a_head_of_its_own_shows(huggingface_case: Any) -> None:
@@ -232,5 +220,4 @@ def test_a_head_of_its_own_shows(huggingface_case: Any) -> None:
         params = case.params | {"head": {"kernel": np.asarray(kernel).T}}
         logits[name] = apply(model, params, case.batch)
     assert case.distance({"logits": logits["same"]}) <= 1
-    print(f"EFFECT | untied | llama_tied | {case.distance({'logits': logits['other']}):.0f}")
     assert case.distance({"logits": logits["other"]}) > 10

@@ -222,7 +222,7 @@ def windowed(window: int, causal: bool) -> np.ndarray:
     for b, t, s in np.ndindex(expected.shape):
         if SEGMENTS[b, t] == SEGMENTS[b, s] != 0:
             back = t - s
-            expected[b, t, s] = (0 <= back or not causal) and abs(back) <= window - 1
+            expected[b, t, s] = (back >= 0 or not causal) and abs(back) <= window - 1
     return expected
 
 
