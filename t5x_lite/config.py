@@ -26,7 +26,8 @@ class DataConfig:
       eval_path: files to evaluate on; empty: a part of `path` is held out.
       eval_fraction: share of the records to hold out.
       split: what `eval` reads: train or validation.
-      objective: span_corruption (pre-training) or text_to_text (from `inputs` to `targets`).
+      objective: span_corruption (pre-training of an encoder-decoder), text_to_text (from `inputs` to `targets`), or
+        causal_lm (the next token, for a decoder alone).
       text: column of the running text.
       inputs: column of the input text.
       targets: column of the target text.
@@ -39,7 +40,7 @@ class DataConfig:
     eval_path: str = ""
     eval_fraction: float = 0.02
     split: Literal["train", "validation"] = "validation"
-    objective: Literal["span_corruption", "text_to_text"] = "span_corruption"
+    objective: Literal["span_corruption", "text_to_text", "causal_lm"] = "span_corruption"
     text: str = "text"
     inputs: str = "inputs"
     targets: str = "targets"
@@ -63,9 +64,8 @@ class TrainConfig:
       steps: updates this run makes.
       batch_size: examples in a global batch.
       microbatches: parts a batch is split into, to save memory; the gradients are the same.
-      input_length: encoder tokens.
-      target_length: decoder tokens; 0: what span corruption needs for `input_length`, or as many as that in
-        text_to_text.
+      input_length: encoder tokens; those of a row in causal_lm.
+      target_length: decoder tokens; 0: what span corruption needs for `input_length`, or as many as that otherwise.
       seed: of initial parameters, data order and dropout.
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between evaluations on held-out data; 0: only at the end.

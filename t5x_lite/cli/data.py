@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
             ("decoder sees", "decoder_input_tokens", "decoder_segment_ids"),
             ("and predicts", "decoder_target_tokens", "decoder_loss_weights"),
         ):
+            if tokens not in example:  # a decoder alone
+                continue
             ids, real = example[tokens], example[mask]
             # Decoding stops at EOS and drops pads, the start token among them; the count says what is there.
             text = tokenizer.decode([i for i in ids[real > 0].tolist() if i != tokenizer.eos_id])
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"    ids  {' '.join(map(str, ids[:16].tolist()))} ...")
             print(f"    mask {' '.join(str(int(m)) for m in real[:16].tolist())} ...")
     if not args.json:
-        for side in ("encoder", "decoder"):
+        for side in ("encoder", "decoder") if "encoder_segment_ids" in batch else ("decoder",):
             padding = 1.0 - float((batch[f"{side}_segment_ids"] > 0).mean())
             print(f"padding in the {side}'s rows of this batch: {padding:.1%}")
     return 0

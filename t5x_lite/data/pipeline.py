@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from t5x_lite.data.objectives import Example, SpanCorruption, TextToText, check_sentinels
-from t5x_lite.data.tokenizers import Tokenizer
+from t5x_lite.data.tokenizers import Tokenizer, require_eos
 from t5x_lite.errors import InputError
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class Dataset:
     Attributes:
         example: (index, generator) -> (inputs, targets), the example with that index in [0, num_examples).
         num_examples: examples in an epoch.
-        input_length, target_length: the lengths L and T of the rows.
+        input_length, target_length: the lengths L and T of the rows; L is 0 for a decoder alone.
         batch_size: rows B of a global batch.
         seed: of the order and of the draws; an integer in [0, 2**64).
         tokenizer: of the ids; its pad id fills the rows after their end.
@@ -130,7 +130,7 @@ class Dataset:
 
     def _collate(self, examples: Sequence[Example], rows: int) -> Batch:
         pad_id = self.tokenizer.pad_id
-        return encoder_decoder_batch(
+        batch = encoder_decoder_batch(
             examples,
             rows=rows,
             input_length=self.input_length,
@@ -138,6 +138,7 @@ class Dataset:
             pad_id=pad_id,
             decoder_start_id=pad_id if self.decoder_start_id is None else self.decoder_start_id,
         )
+        return {key: value for key, value in batch.items() if self.input_length or not key.startswith("encoder")}
 
 
 def encoder_decoder_batch(
@@ -250,6 +251,45 @@ def span_corruption_dataset(
         num_examples=num_examples,
         input_length=input_length,
         target_length=needed if target_length is None else target_length,
+        batch_size=batch_size,
+        seed=seed,
+        tokenizer=tokenizer,
+        decoder_start_id=decoder_start_id,
+    )
+
+
+def causal_lm_dataset(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    length: int,
+    batch_size: int,
+    seed: int,
+    decoder_start_id: int | None = None,
+) -> Dataset:
+    """Builds the pre-training dataset of a decoder alone: texts end to end, an EOS after each, cut into windows.
+
+    A row is a window of `length` tokens, all of them targets; the decoder reads them one place later, behind the start
+    token. The last window has what is left.
+
+    Raises:
+        InputError: for a length below 1, no text, or a vocabulary without EOS.
+    """
+    if length < 1:
+        raise InputError(f"length {length}: must be at least 1")
+    tokens, eos_id = tokenize(texts, tokenizer), require_eos(tokenizer)
+    if not len(tokens.flat):
+        raise InputError("no text to train on")
+    flat = np.insert(tokens.flat, tokens.offsets[1:], eos_id)
+    nothing = np.zeros(0, np.int32)
+
+    def example(index: int, rng: np.random.Generator) -> Example:
+        return nothing, flat[index * length : (index + 1) * length].astype(np.int32)
+
+    return Dataset(
+        example=example,
+        num_examples=-(-len(flat) // length),
+        input_length=0,
+        target_length=length,
         batch_size=batch_size,
         seed=seed,
         tokenizer=tokenizer,

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite.config import DataConfig, RunConfig, TrainConfig, run_directory
-from t5x_lite.data.huggingface_tokenizers import CONFIG
 from t5x_lite.data.objectives import SpanCorruption
-from t5x_lite.data.pipeline import Dataset, hold_out, span_corruption_dataset, text_to_text_dataset
+from t5x_lite.data.pipeline import (
+    Dataset,
+    causal_lm_dataset,
+    hold_out,
+    span_corruption_dataset,
+    text_to_text_dataset,
+)
 from t5x_lite.data.sources import check_columns, read_records
+from t5x_lite.data.tokenizer_files import CONFIG
 from t5x_lite.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, train_sentencepiece
 from t5x_lite.errors import InputError
 from t5x_lite.run_directory import has_begun
@@ -53,7 +59,7 @@ class Records:
 
 def columns(data: DataConfig) -> tuple[str, ...]:
     """Returns the columns that the objective reads."""
-    return (data.text,) if data.objective == "span_corruption" else (data.inputs, data.targets)
+    return (data.inputs, data.targets) if data.objective == "text_to_text" else (data.text,)
 
 
 def check(data: DataConfig) -> None:
@@ -77,7 +83,7 @@ def read(data: DataConfig) -> Records:
     def load(path: str) -> list[Any]:
         names = columns(data)
         records = read_records(path, names)
-        if data.objective == "span_corruption":
+        if data.objective != "text_to_text":
             return [record[data.text] for record in records]
         return [(data.prefix + record[data.inputs], record[data.targets]) for record in records]
 
@@ -113,6 +119,10 @@ def datasets(
                 train.batch_size,
                 train.seed,
                 decoder_start_id,
+            )
+        if data.objective == "causal_lm":
+            return causal_lm_dataset(
+                part, tokenizer, train.input_length, train.batch_size, train.seed, decoder_start_id
             )
         length = train.target_length or train.input_length
         return text_to_text_dataset(

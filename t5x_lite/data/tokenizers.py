@@ -8,27 +8,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from t5x_lite.data.huggingface_tokenizers import (
-    CONFIG,
+from t5x_lite.data.huggingface_tokenizers import load_tokenizer_json, load_vocabulary_files, vocabulary_files
+from t5x_lite.data.layered_sentencepiece import (
     FAIRSEQ_MODEL,
-    KIND,
+    LAYERED_CLASSES,
     LayeredSentencePieceTokenizer,
-    ModelDirectory,
-    is_layered,
-    load_tokenizer_json,
-    load_vocabulary_files,
-    until,
-    vocabulary_files,
-    write_config,
+    sentencepiece_processor,
+    sentencepiece_proto,
 )
+from t5x_lite.data.tokenizer_files import CONFIG, KIND, ModelDirectory, decode_runs, until, write_config
 from t5x_lite.errors import InputError, nearest
 
 _MODEL_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 # "" for a directory that does not say: sentencepiece alone, as Google's own directories are.
-_SENTENCEPIECE_CLASSES = (
-    *("", "T5Tokenizer", "LlamaTokenizer"),
-    *("MBartTokenizer", "MBart50Tokenizer", "XLMRobertaTokenizer"),
-)
+_SENTENCEPIECE_CLASSES = ("", "T5Tokenizer", *LAYERED_CLASSES)
 _SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,4})>")
 # 1000 characters stay under SentencePiece's limit of 4192 bytes a sentence, above which it drops the sentence.
 _SENTENCE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)
@@ -96,16 +89,13 @@ class SentencePieceTokenizer:
     prefix_ids: tuple[int, ...] = ()
 
     def __init__(self, model_path: str | Path, extra_ids: int = 100) -> None:
-        import sentencepiece
-
         if extra_ids < 0:
             raise InputError(f"extra_ids {extra_ids}: must be 0 or more")
         try:
             self._model = Path(model_path).read_bytes()
-            self._processor = sentencepiece.SentencePieceProcessor()
-            self._processor.LoadFromSerializedProto(self._model)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise InputError(f"'{model_path}' is not a readable SentencePiece model") from error
+        self._processor = sentencepiece_processor(self._model, model_path)
         self._pieces = self._processor.get_piece_size()
         self.sentinels = self._own_sentinels()
         if not self.sentinels:
@@ -131,11 +121,9 @@ class SentencePieceTokenizer:
         return ()
 
     def _new_config(self) -> dict[str, object]:
-        from sentencepiece import sentencepiece_model_pb2
-
         # Sentinels of the model's own are found again in the model.
         config: dict[str, object] = {KIND: "sentencepiece", "extra_ids": self.vocab_size - self._pieces}
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self._model)  # pyright: ignore[reportAttributeAccessIssue]
+        proto = sentencepiece_proto(self._model)
         is_unigram = (
             proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM and not proto.trainer_spec.byte_fallback
         )
@@ -162,14 +150,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
-        names = {sentinel: f"<extra_id_{n}>" for n, sentinel in enumerate(self.sentinels)}
-        parts = []
-        for is_sentinel, run in itertools.groupby(until(self.eos_id, ids), key=names.__contains__):
-            if is_sentinel:
-                parts += [names[token] for token in run]
-            else:
-                parts.append(self._processor.decode([token for token in run if 0 <= token < self._pieces]))
-        return " ".join(part for part in parts if part)
+        return decode_runs(ids, self.eos_id, self.sentinels, self._decode_run)
+
+    def _decode_run(self, ids: list[int]) -> str:
+        return self._processor.decode([token for token in ids if 0 <= token < self._pieces])
 
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`; the model is written byte for byte as `spiece.model`.
@@ -307,7 +291,7 @@ def _sentencepiece_model(path: Path) -> Path | None:
 
 
 def _load_sentencepiece(model: Path, directory: ModelDirectory, extra_ids: int) -> Tokenizer:
-    if is_layered(directory):
+    if directory.tokenizer_class in LAYERED_CLASSES:
         return LayeredSentencePieceTokenizer(model, directory)
     if model.name == FAIRSEQ_MODEL:
         raise InputError(
@@ -400,9 +384,7 @@ def _check_training(
 
 
 def _with_sentinels(model: bytes, extra_ids: int) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]
+    proto = sentencepiece_proto(model)
     # Added afterwards, because SentencePiece itself puts user-defined pieces at the bottom of the vocabulary.
     for n in reversed(range(extra_ids)):
         proto.pieces.add(piece=f"<extra_id_{n}>", score=0.0, type=proto.SentencePiece.USER_DEFINED)

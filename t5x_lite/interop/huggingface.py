@@ -116,17 +116,16 @@ class _Checkpoint:
         self.files: TensorFiles = open_tensors(directory)
         prefix = self.module.PREFIX[model_type]
         names = {_modern(name): name for name in self.files.shapes}
-        if not any(name.startswith(prefix) for name in names):  # a base model, saved on its own
-            names = {prefix + name: original for name, original in names.items()}
-        config = self.module.from_huggingface(settings, names)
+        # With the prefix of the base model or without it, whichever class has written the file.
+        config = self.module.from_huggingface(settings, {*names, *(prefix + name for name in names)})
         tables = [self.module.weights(dataclasses.replace(config, tied_head=tied)) for tied in (True, False)]
         known = {name for table in tables for stored in table.values() for name in _all_names(stored, config)}
         buffers = [re.compile(pattern) for pattern in self.module.BUFFERS]
-        self.names = {
-            name: original
-            for name, original in names.items()
-            if name in known or not any(pattern.fullmatch(name) for pattern in buffers)
-        }
+        self.names: dict[str, str] = {}
+        for name, original in names.items():
+            spelling = prefix + name if name not in known and prefix + name in known else name
+            if spelling in known or not any(pattern.fullmatch(name) for pattern in buffers):
+                self.names[spelling] = original
         self.config = dataclasses.replace(config, tied_head=self._is_tied(tables[1]))
 
     @property

@@ -201,7 +201,7 @@ class _Run:
         done = int(state.step)
         rows = partial(dataset.batch, process_index=jax.process_index(), process_count=jax.process_count())
         for index, batch in prefetch(rows, done, cfg.steps):
-            tokens = int(np.sum(batch["encoder_segment_ids"] > 0) + np.sum(batch["decoder_segment_ids"] > 0))
+            tokens = sum(int(np.sum(value > 0)) for key, value in batch.items() if key.endswith("_segment_ids"))
             state, step_metrics = train_step(state, sharding.put_batch(self.mesh, batch))
             self.checkpointer.seal_finished()
             # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
@@ -256,12 +256,16 @@ def _due(step: int, every: int) -> bool:
 
 def _check_model(config: RunConfig, mesh: Mesh) -> None:
     """Checks what can be checked before the data is read; the vocabulary's size is not known yet."""
-    if not (config.model.num_encoder_layers and config.model.num_decoder_layers):
-        part = "decoder" if config.model.num_encoder_layers else "encoder"
+    model, causal = config.model, config.data.objective == "causal_lm"
+    needs = "a decoder and no encoder" if causal else "an encoder and a decoder"
+    if bool(model.num_encoder_layers) == causal or not model.num_decoder_layers:
         raise InputError(
-            f"data.objective={config.data.objective} needs an encoder and a decoder, and the model of family"
-            f" {config.model.family} has no {part}"
+            f"data.objective={config.data.objective} needs {needs}; the model, of family {model.family}, has"
+            f" {model.num_encoder_layers} encoder and {model.num_decoder_layers} decoder layers"
         )
+    longest = max(config.train.input_length, config.train.target_length)
+    if model.positions == "learned" and longest > model.max_positions:
+        raise InputError(f"rows of {longest} tokens are longer than the model's {model.max_positions} positions")
     sizes = config.model.sharded_sizes()
     if config.fit_vocabulary:
         del sizes["vocab"]
@@ -312,12 +316,13 @@ def _announce(
     count = sum(x.size for x in jax.tree.leaves(state.params))
     params, opt = sharding.bytes_per_device(state.params), sharding.bytes_per_device(state.opt_state)
     device = jax.devices()[0].device_kind
+    lengths = " + ".join(str(length) for length in (dataset.input_length, dataset.target_length) if length)
     observer.note(f"mesh {sharding.describe(mesh)}: {mesh.size} device(s), {device}")
     observer.note(
         f"{count:,} parameters; each device holds {params / 1e6:.1f} MB of them, {opt / 1e6:.1f} MB of optimizer state"
         f" and {config.train.batch_size // sharding.axis_size(mesh, sharding.RULES['batch'])} of the batch's rows"
     )
     observer.note(
-        f"{dataset.num_examples:,} training examples of {dataset.input_length} + {dataset.target_length} tokens;"
+        f"{dataset.num_examples:,} training examples of {lengths} tokens;"
         f" {tokenizer.vocab_size:,} tokens in the vocabulary, {model.config.vocab_size:,} rows in the embedding"
     )

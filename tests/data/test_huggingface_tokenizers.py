@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from t5x_lite.data.huggingface_tokenizers import HuggingFaceTokenizer, LayeredSentencePieceTokenizer
+from t5x_lite.data.huggingface_tokenizers import HuggingFaceTokenizer
+from t5x_lite.data.layered_sentencepiece import LayeredSentencePieceTokenizer
 from t5x_lite.data.tokenizers import (
     ByteTokenizer,
     SentencePieceTokenizer,

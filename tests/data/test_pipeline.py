@@ -9,6 +9,7 @@ from t5x_lite.data import pipeline
 from t5x_lite.data.objectives import SpanCorruption
 from t5x_lite.data.pipeline import (
     Tokens,
+    causal_lm_dataset,
     encoder_decoder_batch,
     hold_out,
     permute,
@@ -346,3 +347,34 @@ def test_tokens():
     tokens = Tokens(np.array([1, 2, 3]), np.array([0, 2, 2, 3]))
     assert [tokens[i].tolist() for i in range(len(tokens))] == [[1, 2], [], [3]]
     assert tokens.lengths.tolist() == [2, 0, 1]
+
+
+# --- causal language modelling --------------------------------------------------------------------------------------
+
+
+def test_causal_windows_hold_every_token_once_with_an_eos_after_each_text() -> None:
+    tokenizer = ByteTokenizer()
+    texts = ["first", "the second one", "3"]
+    dataset = causal_lm_dataset(texts, tokenizer, length=8, batch_size=2, seed=0, decoder_start_id=7)
+    expected = [token for text in texts for token in (*tokenizer.encode(text), tokenizer.eos_id)]
+    rows = [row for batch in dataset.eval_batches() for row in zip(*batch.values(), strict=True)]
+    names = list(dataset.batch(0))
+    assert not [name for name in names if name.startswith("encoder")]
+    seen: list[int] = []
+    for values in rows:
+        row = dict(zip(names, values, strict=True))
+        real = row["decoder_loss_weights"] > 0
+        np.testing.assert_array_equal(real, row["decoder_segment_ids"] > 0)
+        # What the decoder reads is the start token, then each target one place later.
+        assert row["decoder_input_tokens"][0] == 7
+        np.testing.assert_array_equal(row["decoder_input_tokens"][1:], row["decoder_target_tokens"][:-1])
+        seen += row["decoder_target_tokens"][real].tolist()
+    assert seen == expected
+    assert dataset.num_examples == -(-len(expected) // 8)
+
+
+def test_causal_language_modelling_needs_text_and_a_length() -> None:
+    with pytest.raises(InputError, match="no text"):
+        causal_lm_dataset([], ByteTokenizer(), length=8, batch_size=2, seed=0)
+    with pytest.raises(InputError, match="length 0"):
+        causal_lm_dataset(["a"], ByteTokenizer(), length=0, batch_size=2, seed=0)

@@ -116,7 +116,12 @@ def outputs() -> Callable[[Transformer, Any, Arrays], Arrays]:
 
         return jax.jit(run)
 
-    return lambda model, params, batch: {k: np.asarray(v) for k, v in program(model)(params, batch).items()}
+    def call(model: Transformer, params: Any, batch: Arrays) -> Arrays:
+        # For arrays in another place, jit would compile anew.
+        made = program(model)(jax.device_put(params, jax.devices()[0]), batch)
+        return {name: np.asarray(value) for name, value in made.items()}
+
+    return call
 
 
 def _batch(config: TransformerConfig, reference: Arrays) -> Arrays:

@@ -260,10 +260,8 @@ def test_a_head_that_differs_from_the_table_is_a_head_of_its_own(
 
 # --- strictness -----------------------------------------------------------------------------------------------------
 
-STRICT = ["t5_v1_1", "gpt2", "bert_seqcls", "bart"]
 
-
-@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("name", ["t5_v1_1", "gpt2", "bert_seqcls"])
 def test_every_tensor_has_to_be_there_and_to_fit(name: str, huggingface_case: Any, tmp_path: Path) -> None:
     case = huggingface_case(name)
     tensors = read_tensors(case.directory)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import t5x_lite
 from t5x_lite.config import resolve
 from t5x_lite.errors import InputError
 from t5x_lite.run_directory import complete_steps
@@ -347,3 +348,50 @@ def test_pad_eos_and_start_are_the_tokenizer_s(tiny_settings: list[str], tmp_pat
     assert lm.score([pair[0]], [pair[1]]).log_likelihood[0] == pytest.approx(-float(sums.cross_entropy), rel=1e-5)
     with pytest.raises(InputError, match=r"model.pad_id is 7, but the tokenizer's is 3"):
         train(resolve(None, [*settings, "model.pad_id=7", f"out={tmp_path / 'x'}"]).config)
+
+
+# --- a decoder alone ------------------------------------------------------------------------------------------------
+
+DECODER = (
+    "model=decoder-small",
+    "model.embed_dim=32",
+    "model.mlp_dim=64",
+    "model.num_heads=4",
+    "model.head_dim=8",
+    "model.num_decoder_layers=2",
+    "model.num_encoder_layers=0",
+    "data.objective=causal_lm",
+    "train.steps=30",
+    "train.eval_every=0",
+    "train.checkpoint_every=0",
+    "optimizer.schedule=constant",
+    "optimizer.learning_rate=0.03",
+)
+
+
+def test_a_decoder_of_one_s_own_trains_on_a_text_file(tiny_settings: list[str], tmp_path: Path) -> None:
+    result = train(resolve(None, [*tiny_settings, *DECODER, f"out={tmp_path}"]).config)
+    # Better than knowing how frequent each token is.
+    assert result.metrics["loss"] < result.metrics["unigram_entropy"] - 0.2
+    lm = t5x_lite.load(tmp_path)
+    assert len(lm.generate(["ba", "do re"], max_new_tokens=4)) == 2
+    (score,) = lm.score(["ba"], [" do re"]).log_likelihood
+    assert score < 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model=gpt2"], "span_corruption needs an encoder and a decoder; the model, of family gpt, has 0 encoder"),
+        (["model=bert-base-uncased"], "needs an encoder and a decoder; .* 0 decoder layers"),
+        (["data.objective=causal_lm"], "causal_lm needs a decoder and no encoder; the model, of family t5"),
+        (["model=gpt2", "data.objective=causal_lm", "train.input_length=1025"], "1025 tokens .* 1024 positions"),
+    ],
+)
+def test_an_objective_needs_its_kind_of_model(
+    settings: list[str], message: str, tiny_settings: list[str], tmp_path: Path
+) -> None:
+    model = [setting for setting in tiny_settings if not setting.startswith("model")]
+    with pytest.raises(InputError, match=message):
+        train(resolve(None, [*model, *settings, f"out={tmp_path / 'run'}"]).config)
+    assert not (tmp_path / "run").exists()
