@@ -37,10 +37,14 @@ class Case:
     notes: dict[str, Any]
 
     @property
+    def sides(self) -> list[str]:
+        """The stacks that the model has."""
+        return [side for side in ("encoder", "decoder") if f"{side}_input_tokens" in self.batch]
+
+    @property
     def real(self) -> np.ndarray:
         """Bool `[B, T]`: the positions at which the reference is compared."""
-        side = "decoder" if self.config.num_decoder_layers else "encoder"
-        return self.batch[f"{side}_segment_ids"] > 0
+        return self.batch[f"{self.sides[-1]}_segment_ids"] > 0
 
     def atol(self, name: str) -> float:
         """Returns the tolerance of an output."""

@@ -15,7 +15,6 @@ from t5x_lite.models import build
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "huggingface"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/ref.npz"))
-SIDES = ("encoder", "decoder")
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,8 +46,8 @@ def apply(model: Any, params: Any, batch: Arrays) -> np.ndarray:
     return np.asarray(jax.jit(model.apply)({"params": params}, batch))
 
 
-def widened(example: Arrays, pads: int, left: list[int], vocab: int) -> Arrays:
-    """Returns rows that are longer by `pads`.
+def widened(example: Arrays, pads: dict[str, int], left: list[int], vocab: int) -> Arrays:
+    """Returns rows that are longer by `pads`, of the encoder and of the decoder.
 
     They are the example padded on the right; with so many of its pads on the left, for each of `left`; a row full of
     other texts; and a row of padding alone. What stands in padding is not the pad id.
@@ -56,13 +55,13 @@ def widened(example: Arrays, pads: int, left: list[int], vocab: int) -> Arrays:
     rng = np.random.default_rng(0)
     batch = {}
     for name, row in example.items():
-        length = row.shape[1]
-        rows = np.stack([np.pad(row[0], (before, pads - before)) for before in (0, *left)])
+        length, more = row.shape[1], pads[name.split("_")[0]]
+        rows = np.stack([np.pad(row[0], (before, more - before)) for before in (0, *left)])
         if name.endswith("_segment_ids"):
-            others = np.arange(length + pads) // length + 1
+            others = np.arange(length + more) // length + 1
         else:
-            others = rng.integers(0, vocab if name.endswith("_tokens") else 2, length + pads)
-            real = np.stack([np.pad(np.ones(length, bool), (before, pads - before)) for before in (0, *left)])
+            others = rng.integers(0, vocab if name.endswith("_tokens") else 2, length + more)
+            real = np.stack([np.pad(np.ones(length, bool), (before, more - before)) for before in (0, *left)])
             rows = np.where(real, rows, others)
         batch[name] = np.stack([*rows, others, np.zeros_like(others)]).astype(np.int32)
     return batch
@@ -70,24 +69,14 @@ def widened(example: Arrays, pads: int, left: list[int], vocab: int) -> Arrays:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "t5_v1_1",
-        "bart",
-        "mbart",
-        "gpt2",
-        "openai_gpt",
-        "llama_gqa",
-        "sliding_window",
-        "bert_pretraining",
-        "roberta_mlm",
-    ],
+    ["t5_v1_1", "bart", "mbart", "gpt2", "openai_gpt", "llama_gqa", "sliding_window", "bert_pretraining", "roberta_mlm"],
 )
 def test_padding_and_company_change_nothing(name: str, huggingface_case: Any) -> None:
     case = huggingface_case(name)
     config = case.config
-    sides = {side: case.batch[f"{side}_segment_ids"][0] for side in SIDES if f"{side}_segment_ids" in case.batch}
+    sizes = {side: int(np.sum(case.batch[f"{side}_segment_ids"][0])) for side in case.sides}
     example = {
-        key: value[:1, : np.sum(sides[key.split("_")[0]])]
+        key: value[:1, : sizes[key.split("_")[0]]]
         for key, value in case.batch.items()
         if key.endswith(("_input_tokens", "_segment_ids", "_token_types"))
     }
@@ -96,16 +85,19 @@ def test_padding_and_company_change_nothing(name: str, huggingface_case: Any) ->
     # Pads are counted from 0, as any segment is, and a learned table has no row for those beyond its end: there can be
     # as many on one side as it has rows, in a row that is then longer than that, if segment ids say what is padding.
     most = config.max_positions if config.positions == "learned" else 512
-    for pads in (1, most) if most < 64 else (1, 37, most):
-        left = [] if config.num_encoder_layers else sorted({1, min(37, pads), pads})
-        got = apply(case.model, case.params, widened(example, pads, left, config.vocab_size))
-        for row, before in enumerate((0, *left)):
-            # Sums in another order, so twice what float32 is off at most; no more of it with more pads.
+    some = min(37, most)
+    left = [] if config.num_encoder_layers else [1, some, most - some, most]
+    for pads in ({"encoder": 1, "decoder": some if left else most}, {"encoder": most, "decoder": most if left else some}):
+        batch = widened(example, pads, [before for before in left if before <= pads["decoder"]], config.vocab_size)
+        got = apply(case.model, case.params, batch)
+        for row, before in enumerate([0, *left][: len(got) - 2]):
+            # Sums in another order: twice what float32 is off at most, and no more of it with more pads.
             atol = max(1e-5, 2 * case.notes["float32_vs_float64_logits"])
             np.testing.assert_allclose(got[row, before : before + length], alone, rtol=0, atol=atol)
-        assert np.all(np.isfinite(got[-2]))  # the other texts
-        if length + pads <= most:
-            assert np.all(np.isfinite(got[-1]))  # padding alone
+        others, padding = got[-2:]
+        assert np.all(np.isfinite(others))
+        if max(sizes[side] + pads[side] for side in sizes) <= most:
+            assert np.all(np.isfinite(padding))
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
