@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.examples < 1:
         raise InputError(f"--examples must be at least 1, not {args.examples}")
     config = read_settings(args.settings).config
+    recipe.check_objective(config)
     records = recipe.read(config.data)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = recipe.run_tokenizer(config, records.texts(), Path(folder) / "tokenizer")

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the metrics and keeps them in the run's `eval/`."""
     resolved = read_settings(args.settings)
     config = _with_given_data(resolved)
+    recipe.check_objective(config)
     recipe.check(config.data)
 
     from t5x_lite.cli.display import show

@@ -72,6 +72,24 @@ def check(data: DataConfig) -> None:
         check_columns(path, columns(data))
 
 
+def check_objective(config: RunConfig) -> None:
+    """Checks that the model can learn what the objective asks for, on rows of these lengths.
+
+    Raises:
+      InputError: it has an encoder too many or too few, or no positions for a row.
+    """
+    model, causal = config.model, config.data.objective == "causal_lm"
+    needs = "a decoder and no encoder" if causal else "an encoder and a decoder"
+    if bool(model.num_encoder_layers) == causal or not model.num_decoder_layers:
+        raise InputError(
+            f"data.objective={config.data.objective} needs {needs}; the model, of family {model.family}, has"
+            f" {model.num_encoder_layers} encoder and {model.num_decoder_layers} decoder layers"
+        )
+    longest = max(config.train.input_length, config.train.target_length)
+    if model.positions == "learned" and longest > model.max_positions:
+        raise InputError(f"rows of {longest} tokens are longer than the model's {model.max_positions} positions")
+
+
 def read(data: DataConfig) -> Records:
     """Reads the files and divides them into training and validation data.
 

@@ -236,8 +236,6 @@ class Stack(nn.Module):
         cfg = self.config
         if cfg.scaled_embedding:
             x = x * cfg.embed_dim**0.5
-        # Under causal masks of whole rows the positions are the same in each: one look-up then serves all of them,
-        # which XLA cannot see, but a batch this small does not notice.
         if cfg.positions == "learned":
             rows = cfg.max_positions + cfg.position_offset
             x = x + self._table("positions", rows)(context.positions + cfg.position_offset)

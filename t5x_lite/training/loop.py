@@ -78,7 +78,8 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
     observer = observer or Observer()
     out = Path(config.out).expanduser()
     mesh = sharding.make_mesh(config.mesh)
-    _check_model(config, mesh)
+    recipe.check_objective(config)
+    _check_mesh(config, mesh)
     records = recipe.read(config.data)
     with run_directory.lock(out):
         tokenizer = recipe.run_tokenizer(config, records.texts())
@@ -254,18 +255,8 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _check_model(config: RunConfig, mesh: Mesh) -> None:
+def _check_mesh(config: RunConfig, mesh: Mesh) -> None:
     """Checks what can be checked before the data is read; the vocabulary's size is not known yet."""
-    model, causal = config.model, config.data.objective == "causal_lm"
-    needs = "a decoder and no encoder" if causal else "an encoder and a decoder"
-    if bool(model.num_encoder_layers) == causal or not model.num_decoder_layers:
-        raise InputError(
-            f"data.objective={config.data.objective} needs {needs}; the model, of family {model.family}, has"
-            f" {model.num_encoder_layers} encoder and {model.num_decoder_layers} decoder layers"
-        )
-    longest = max(config.train.input_length, config.train.target_length)
-    if model.positions == "learned" and longest > model.max_positions:
-        raise InputError(f"rows of {longest} tokens are longer than the model's {model.max_positions} positions")
     sizes = config.model.sharded_sizes()
     if config.fit_vocabulary:
         del sizes["vocab"]

@@ -1,6 +1,7 @@
 """The same numbers as transformers, for every kind of model; and that no mistake in reading one would go unseen."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +47,8 @@ def apply(model: Any, params: Any, batch: Arrays) -> np.ndarray:
     return np.asarray(jax.jit(model.apply)({"params": params}, batch))
 
 
-def widened(example: Arrays, pads: dict[str, int], left: list[int], vocab: int) -> Arrays:
-    """Returns rows that are longer by `pads`, of the encoder and of the decoder.
+def widened(example: Arrays, pads: int, left: list[int], vocab: int) -> Arrays:
+    """Returns rows that are longer by `pads`.
 
     They are the example padded on the right; with so many of its pads on the left, for each of `left`; a row full of
     other texts; and a row of padding alone. What stands in padding is not the pad id.
@@ -55,13 +56,13 @@ def widened(example: Arrays, pads: dict[str, int], left: list[int], vocab: int) 
     rng = np.random.default_rng(0)
     batch = {}
     for name, row in example.items():
-        length, more = row.shape[1], pads[name.split("_")[0]]
-        rows = np.stack([np.pad(row[0], (before, more - before)) for before in (0, *left)])
+        length = row.shape[1]
+        rows = np.stack([np.pad(row[0], (before, pads - before)) for before in (0, *left)])
         if name.endswith("_segment_ids"):
-            others = np.arange(length + more) // length + 1
+            others = np.arange(length + pads) // length + 1
         else:
-            others = rng.integers(0, vocab if name.endswith("_tokens") else 2, length + more)
-            real = np.stack([np.pad(np.ones(length, bool), (before, more - before)) for before in (0, *left)])
+            others = rng.integers(0, vocab if name.endswith("_tokens") else 2, length + pads)
+            real = np.stack([np.pad(np.ones(length, bool), (before, pads - before)) for before in (0, *left)])
             rows = np.where(real, rows, others)
         batch[name] = np.stack([*rows, others, np.zeros_like(others)]).astype(np.int32)
     return batch
@@ -69,7 +70,17 @@ def widened(example: Arrays, pads: dict[str, int], left: list[int], vocab: int) 
 
 @pytest.mark.parametrize(
     "name",
-    ["t5_v1_1", "bart", "mbart", "gpt2", "openai_gpt", "llama_gqa", "sliding_window", "bert_pretraining", "roberta_mlm"],
+    [
+        "t5_v1_1",
+        "bart",
+        "mbart",
+        "gpt2",
+        "openai_gpt",
+        "llama_gqa",
+        "sliding_window",
+        "bert_pretraining",
+        "roberta_mlm",
+    ],
 )
 def test_padding_and_company_change_nothing(name: str, huggingface_case: Any) -> None:
     case = huggingface_case(name)
@@ -85,18 +96,18 @@ def test_padding_and_company_change_nothing(name: str, huggingface_case: Any) ->
     # Pads are counted from 0, as any segment is, and a learned table has no row for those beyond its end: there can be
     # as many on one side as it has rows, in a row that is then longer than that, if segment ids say what is padding.
     most = config.max_positions if config.positions == "learned" else 512
-    some = min(37, most)
-    left = [] if config.num_encoder_layers else [1, some, most - some, most]
-    for pads in ({"encoder": 1, "decoder": some if left else most}, {"encoder": most, "decoder": most if left else some}):
-        batch = widened(example, pads, [before for before in left if before <= pads["decoder"]], config.vocab_size)
-        got = apply(case.model, case.params, batch)
-        for row, before in enumerate([0, *left][: len(got) - 2]):
+    limit = config.max_positions if config.positions == "learned" else math.inf
+    for pads in (1, most):
+        some = min(37, pads)
+        left = [] if config.num_encoder_layers else sorted({1, some, pads - some, pads})
+        got = apply(case.model, case.params, widened(example, pads, left, config.vocab_size))
+        for row, before in enumerate((0, *left)):
             # Sums in another order: twice what float32 is off at most, and no more of it with more pads.
             atol = max(1e-5, 2 * case.notes["float32_vs_float64_logits"])
             np.testing.assert_allclose(got[row, before : before + length], alone, rtol=0, atol=atol)
         others, padding = got[-2:]
         assert np.all(np.isfinite(others))
-        if max(sizes[side] + pads[side] for side in sizes) <= most:
+        if max(sizes.values()) + pads <= limit:
             assert np.all(np.isfinite(padding))
 
 

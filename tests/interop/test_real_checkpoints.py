@@ -102,8 +102,9 @@ def test_logits_are_those_of_transformers(name: str, load: Load, apply: Any) -> 
     assert got.shape == wanted.shape
     # Padding of decoders alone stands on the left, and what a model says there nobody asks.
     real = reference["attention_mask"] > 0 if wanted.shape[1] == reference["attention_mask"].shape[1] else ...
-    print("FIG", name, np.max(np.abs(got - wanted)[real]), np.max(np.abs(wanted)))
-    np.testing.assert_allclose(got[real], wanted[real], atol=1e-4, rtol=0)
+    # They are up to 30, and those of the random models are tiny. The largest difference is 7e-7 of the largest logit.
+    tolerance = min(1e-4, 1e-5 * np.max(np.abs(wanted)))
+    np.testing.assert_allclose(got[real], wanted[real], atol=tolerance, rtol=0)
 
 
 def test_hidden_states_of_bert(load: Load, apply: Any) -> None:
@@ -111,7 +112,6 @@ def test_hidden_states_of_bert(load: Load, apply: Any) -> None:
     got = apply(load(BERT), inputs(load(BERT), reference), "encode")
     real = reference["attention_mask"] > 0
     assert 0 < np.sum(real) < real.size
-    print("FIG", np.max(np.abs(got - reference["last_hidden_state"])[real]))
     np.testing.assert_allclose(got[real], reference["last_hidden_state"][real], atol=1e-5, rtol=0)
 
 
@@ -185,7 +185,6 @@ def test_loss_of_bart(load: Load) -> None:
         "decoder_loss_weights": counts.astype(np.float32),
     }
     got = loss(load(BART), batch)
-    print("FIG", got, float(reference["loss"]))
     assert got == pytest.approx(float(reference["loss"]), abs=1e-5)
     assert got == pytest.approx(0.0948, abs=1e-4)
 
@@ -202,7 +201,6 @@ def test_loss_of_llama(load: Load) -> None:
         "decoder_loss_weights": weights,
     }
     got = loss(load(LLAMA), batch)
-    print("FIG", got, reference["loss"])
     assert got == pytest.approx(reference["loss"], abs=1e-5)
 
 

@@ -237,10 +237,12 @@ def fresh(config: TransformerConfig) -> Any:
     rng = np.random.default_rng(0)
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[2]
+        layer, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
         if name in ("scale", "bias"):
             return np.full(shape.shape, float(name == "scale"), np.float32)
-        spread = shape.shape[-2] ** -0.5 if name == "kernel" else 0.2
+        spread = shape.shape[-2] ** -0.5 if name == "kernel" else 1.0 if config.initialization == "t5" else 0.2
+        if layer.endswith("query") and not config.scaled_attention:
+            spread *= config.head_dim**-0.5
         return (spread * rng.normal(size=shape.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, build(config).param_shapes())
