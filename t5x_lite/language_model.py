@@ -215,6 +215,7 @@ def load(
     mesh: Mesh | str | None = None,
     *,
     allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
     config: TransformerConfig | None = None,
 ) -> LanguageModel:
     """Loads a model: one that t5x_lite has trained, or a published one.
@@ -226,7 +227,8 @@ def load(
       mesh: a mesh or its description, such as `model:8`; by default one device.
       allow_missing: patterns such as `classifier/*` of parameters that a Hugging Face file may lack; they are drawn
         afresh.
-      config: of the model, where a published checkpoint does not say all of it; by default what it says.
+      allow_unused: patterns such as `cls.*` of a Hugging Face file's tensors that the model may leave unread.
+      config: of the model, where it is not all that a published checkpoint says, or another head is wanted.
 
     A damaged checkpoint of a run is passed over for the one before, with a warning that names it.
 
@@ -238,8 +240,8 @@ def load(
     ours = (run / "config.yaml").exists()
     if not ours and not checkpoints.is_foreign(path):
         raise InputError(f"{path} is not a run directory (it has no config.yaml), nor {checkpoints.KINDS}")
-    if ours and allow_missing:
-        raise InputError(f"allow_missing is for Hugging Face directories; {path} is a run of ours, and complete")
+    if ours and (allow_missing or allow_unused):
+        raise InputError(f"allow_missing and allow_unused are for Hugging Face directories; {path} is a run of ours")
     if config is None:
         config = configuration.resolve(run / "config.yaml").config.model if ours else checkpoints.read_config(path)
     model = build(config, dtype)
@@ -250,7 +252,7 @@ def load(
     layouts = sharding.tree_shardings(mesh, model.logical_axes(), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s), shapes, layouts)
     if not ours:
-        params = checkpoints.load_params(path, config, abstract, allow_missing=allow_missing)
+        params = checkpoints.load_params(path, config, abstract, allow_missing=allow_missing, allow_unused=allow_unused)
         return LanguageModel(model, params, find_tokenizer(path), mesh)
     params, checkpoint, notes = load_params(path, abstract)
     for note in notes:

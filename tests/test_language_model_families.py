@@ -196,7 +196,6 @@ def test_texts_are_continued_and_scored(name: str, open_published: Callable[[str
     assert tokenizer.vocab_size == load_tokenizer(TOKENIZERS / settings(name)[0]).vocab_size < lm.config.vocab_size
     answers = lm.generate(TEXTS, max_new_tokens=8)
     assert any(answers)
-    assert answers == lm.generate(TEXTS, max_new_tokens=8, batch_size=2)
 
     framed = [[*tokenizer.prefix_ids, *tokenizer.encode(text), *tokenizer.suffix_ids] for text in TEXTS]
     assert {"t5": framed[0][-1] == 1, "bart": framed[0][0] == 0}.get(name, True)

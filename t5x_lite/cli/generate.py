@@ -9,9 +9,7 @@ from t5x_lite.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
-    parser.add_argument(
-        "run", metavar="RUN", help="a run, one of its checkpoints, or a Hugging Face directory"
-    )
+    parser.add_argument("run", metavar="RUN", help="a run, one of its checkpoints, or a Hugging Face directory")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="inputs; without any, one a line from stdin")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate at most (default 64)")
     parser.add_argument("--batch-size", type=int, default=32, help="inputs decoded together (default 32)")

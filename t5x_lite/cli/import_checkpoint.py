@@ -24,6 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="parameters, such as classifier/*, that the checkpoint may lack; they are drawn afresh",
     )
+    parser.add_argument(
+        "--allow-unused",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of the checkpoint, such as cls.*, that the model may leave unread",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -45,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if not checkpoints.is_foreign(args.source):
         raise InputError(f"'{args.source}' is not {checkpoints.KINDS}")
     model = resolve(None, [f"init_from={args.source}", *args.settings]).config.model
-    lm = load(args.source, allow_missing=args.allow_missing, config=model)
+    lm = load(args.source, allow_missing=args.allow_missing, allow_unused=args.allow_unused, config=model)
     save_params(out / "checkpoints" / "0", lm.params)
     if lm.tokenizer:
         lm.tokenizer.save(out / "tokenizer")

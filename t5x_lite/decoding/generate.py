@@ -80,7 +80,14 @@ def generate(
     """
     cfg = model.config
     prompt, segments = _prompt(model, batch)
-    rows = prompt.shape[0]
+    rows, length = prompt.shape
+    # With segment ids only whoever has the numbers knows how long the prompts are.
+    ends = length + config.max_new_tokens - 1
+    if cfg.positions == "learned" and ends > cfg.max_positions and "decoder_segment_ids" not in batch:
+        raise InputError(
+            f"a prompt of {length} tokens and max_new_tokens {config.max_new_tokens} take {ends} positions, but the"
+            f" model has {cfg.max_positions}"
+        )
     allowed = jnp.arange(cfg.vocab_size) < (vocab_size or cfg.vocab_size)
     end_ids = jnp.array(cfg.end_ids, jnp.int32)
 

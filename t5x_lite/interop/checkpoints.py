@@ -30,7 +30,12 @@ def read_config(path: str | Path) -> TransformerConfig:
 
 
 def load_params(
-    path: str | Path, config: TransformerConfig, abstract: Any, *, allow_missing: Sequence[str] = ()
+    path: str | Path,
+    config: TransformerConfig,
+    abstract: Any,
+    *,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
 ) -> Any:
     """Reads the parameters at `path` straight to their layouts.
 
@@ -39,13 +44,14 @@ def load_params(
       config: of the model, usually `read_config(path)`.
       abstract: tree of `jax.ShapeDtypeStruct`s with the layouts wanted; values are cast to their dtypes.
       allow_missing: patterns of parameters that the checkpoint may lack, see `huggingface.load_params`.
+      allow_unused: patterns of its tensors that the model may leave unread.
 
     Raises:
       CheckpointMismatch: its tensors are not the model's parameters.
       InputError: it cannot be read.
     """
     if huggingface.is_huggingface(path):
-        return huggingface.load_params(path, config, abstract, allow_missing=allow_missing)
-    if allow_missing:
-        raise InputError(f"allow_missing is for Hugging Face directories, and '{path}' is none")
+        return huggingface.load_params(path, config, abstract, allow_missing=allow_missing, allow_unused=allow_unused)
+    if allow_missing or allow_unused:
+        raise InputError(f"allow_missing and allow_unused are for Hugging Face directories, and '{path}' is none")
     return t5x.load_params(path, config, abstract)

@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,12 @@ def read_config(directory: str | Path) -> TransformerConfig:
 
 
 def load_params(
-    directory: str | Path, config: TransformerConfig, abstract: Any, *, allow_missing: Sequence[str] = ()
+    directory: str | Path,
+    config: TransformerConfig,
+    abstract: Any,
+    *,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
 ) -> Any:
     """Reads the parameters of a Hugging Face directory, one tensor at a time, straight to their layout.
 
@@ -55,6 +60,7 @@ def load_params(
       abstract: tree of `jax.ShapeDtypeStruct`s with the layouts wanted; values are cast to their dtypes.
       allow_missing: patterns such as `classifier/*` of our parameters that the file may lack; those that it lacks are
         drawn afresh.
+      allow_unused: patterns such as `cls.*` of tensors that the model may leave unread.
 
     Raises:
       CheckpointMismatch: a tensor is missing, not used, of another shape, or stored twice with different values.
@@ -63,7 +69,7 @@ def load_params(
     checkpoint = _Checkpoint(Path(directory).expanduser())
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     wanted = {_path(keys): leaf for keys, leaf in leaves}
-    absent = checkpoint.check(config, {path: leaf.shape for path, leaf in wanted.items()}, allow_missing)
+    absent = checkpoint.check(config, {path: leaf.shape for path, leaf in wanted.items()}, allow_missing, allow_unused)
     fresh = _fresh(config, abstract, absent)
     table = module_for(config).weights(config)
     read = [
@@ -111,58 +117,82 @@ class _Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         settings = _read_json(directory / "config.json")
-        model_type = _model_type(settings)
+        model_type = settings["model_type"] = _model_type(settings)
         self.module = module_for_model_type(model_type)
         self.files: TensorFiles = open_tensors(directory)
         prefix = self.module.PREFIX[model_type]
-        names = {_modern(name): name for name in self.files.shapes}
+        names = self.files.shapes
         # With the prefix of the base model or without it, whichever class has written the file.
-        config = self.module.from_huggingface(settings, {*names, *(prefix + name for name in names)})
+        config = self._configuration(settings, {*names, *(prefix + name for name in names)})
         tables = [self.module.weights(dataclasses.replace(config, tied_head=tied)) for tied in (True, False)]
         known = {name for table in tables for stored in table.values() for name in _all_names(stored, config)}
         buffers = [re.compile(pattern) for pattern in self.module.BUFFERS]
         self.names: dict[str, str] = {}
-        for name, original in names.items():
-            spelling = prefix + name if name not in known and prefix + name in known else name
+        for name in names:
+            full = prefix + name
+            spelling = full if name not in known and full in known and full not in names else name
             if spelling in known or not any(pattern.fullmatch(name) for pattern in buffers):
-                self.names[spelling] = original
+                self.names[spelling] = name
         self.config = dataclasses.replace(config, tied_head=self._is_tied(tables[1]))
+
+    def _configuration(self, settings: Mapping[str, Any], names: Collection[str]) -> TransformerConfig:
+        try:
+            return self.module.from_huggingface(settings, names)
+        except InputError as error:
+            raise InputError(f"{self.directory}: {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:  # null where a number should be, and the like
+            line = " ".join(str(error).split())
+            raise InputError(f"{self.directory / 'config.json'} has a value of the wrong kind: {line}") from error
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Names and shapes of the tensors."""
         return {name: self.files.shapes[original] for name, original in self.names.items()}
 
-    def check(self, config: TransformerConfig, ours: Mapping[str, Shape], allow_missing: Sequence[str]) -> set[str]:
+    def check(
+        self,
+        config: TransformerConfig,
+        ours: Mapping[str, Shape],
+        allow_missing: Sequence[str],
+        allow_unused: Sequence[str],
+    ) -> set[str]:
         """Compares all tensors with the model's; returns our parameters that are absent and may be.
 
         Raises:
           CheckpointMismatch: something is missing, left over, of another shape, or stored twice and not equal.
-          InputError: a pattern that fits none of our parameters.
+          InputError: a pattern that fits nothing.
         """
-        for pattern in allow_missing:
-            if not fnmatch.filter(ours, pattern):
-                raise InputError(f"allow_missing '{pattern}' fits no parameter; they are {', '.join(sorted(ours))}")
-        shapes = self.shapes
-        want: dict[str, Shape] = {}
-        copies: list[list[str]] = []
-        optional, absent = set(), set()
+        _check_patterns("allow_missing", allow_missing, ours)
+        _check_patterns("allow_unused", allow_unused, self.names)
+        have, want, copies = self.shapes, {}, []
+        needed_by: dict[str, set[str]] = {}  # tensors that are missing, and the parameters that they are missing for
         for path, stored in self.module.weights(config).items():
-            shape = ours[path]
-            for layer in range(shape[0]) if "{}" in stored.name else (0,):
+            for layer in range(ours[path][0]) if "{}" in stored.name else (0,):
                 names = _names(stored, layer)
-                present = [name for name in names if name in shapes]
-                want.update(dict.fromkeys(present or names[:1], _their_shape(stored, shape)))
+                present = [name for name in names if name in have]
+                want.update(dict.fromkeys(present or names[:1], _their_shape(stored, ours[path])))
                 copies.append(present)
-                if not present and any(fnmatch.fnmatch(path, pattern) for pattern in allow_missing):
-                    optional.add(names[0])
-                    absent.add(path)
-        check_tensors(str(self.directory), shapes, want, optional)
+                needed_by.setdefault(names[0], set()).update([] if present else [path])
+        absent = self._absent(config, ours, allow_missing)
+        optional = [name for name, paths in needed_by.items() if paths and paths <= absent]
+        for name in [name for name in have if name not in want and _fits(name, allow_unused)]:
+            del have[name]
+        check_tensors(str(self.directory), have, want, optional)
         for first, *others in filter(None, copies):
             for other in others:
                 if not self._equal(first, other):
                     raise CheckpointMismatch(f"{self.directory}: {first} and {other} should be the same, and differ")
         return absent
+
+    def _absent(self, config: TransformerConfig, ours: Mapping[str, Shape], patterns: Sequence[str]) -> set[str]:
+        """Returns the parameters that the patterns allow to be missing and that the file has no part of."""
+
+        def is_absent(path: str, stored: Stored) -> bool:
+            layers = range(ours[path][0]) if "{}" in stored.name else (0,)
+            return not any(name in self.names for layer in layers for name in _names(stored, layer))
+
+        table = self.module.weights(config)
+        return {path for path, stored in table.items() if _fits(path, patterns) and is_absent(path, stored)}
 
     def fill(self, stored: Stored, shape: Shape, block: np.ndarray, index: Index) -> None:
         """Reads the part `index` of our parameter of that shape into `block`."""
@@ -216,12 +246,18 @@ def _model_type(settings: Mapping[str, Any]) -> str:
         return str(settings["model_type"])
     # google/umt5-small, for one, has only its class: UMT5ForConditionalGeneration.
     architecture = (settings.get("architectures") or ["none"])[0]
-    return re.sub(r"(For[A-Z].*|LMHeadModel|Model)$", "", architecture).lower()
+    name = re.sub(r"(For[A-Z].*|LMHeadModel|Model)$", "", architecture).lower()
+    return {"openaigpt": "openai-gpt", "xlmroberta": "xlm-roberta"}.get(name, name)
 
 
-def _modern(name: str) -> str:
-    # What BERT's first files, converted from TensorFlow, call scale and bias of a layer norm.
-    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+def _check_patterns(option: str, patterns: Sequence[str], names: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"{option} '{pattern}' fits none of {', '.join(sorted(names))}")
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _their_shape(stored: Stored, shape: Shape) -> Shape:

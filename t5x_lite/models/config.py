@@ -128,7 +128,9 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         """Raises InputError for a size that no model can have."""
         self._check_values()
-        self._check_parts()
+        self._check_stacks()
+        self._check_positions()
+        self._check_encoder_parts()
 
     def _check_values(self) -> None:
         for field in fields(self):
@@ -153,53 +155,71 @@ class TransformerConfig:
                 raise InputError(
                     f"model.{name} must be in [0, vocab_size = {self.vocab_size}), not {getattr(self, name)}"
                 )
+        if not all(0 <= token < self.vocab_size for token in self.stop_ids):
+            raise InputError(
+                f"model.stop_ids must be in [0, vocab_size = {self.vocab_size}), not {list(self.stop_ids)}"
+            )
 
-    def _check_parts(self) -> None:
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                raise InputError(message)
-
-        need(
+    def _check_stacks(self) -> None:
+        _need(
             self.num_encoder_layers + self.num_decoder_layers > 0,
             "model.num_encoder_layers and model.num_decoder_layers are both 0: a model needs one of them",
         )
         joined = self.num_heads * self.head_dim
-        for is_decoder in (False, True):
+        for is_decoder in (False, True) if self.num_decoder_layers else (False,):
             heads = self.heads(is_decoder)
-            prefix = "decoder_" if is_decoder and self.decoder_num_heads else ""
-            need(
-                joined % heads == 0,
-                f"model.decoder_num_heads {heads} does not divide num_heads * head_dim {joined}",
-            )
-            need(
+            name = "decoder_num_heads" if is_decoder and self.decoder_num_heads else "num_heads"
+            _need(joined % heads == 0, f"model.{name} {heads} does not divide num_heads * head_dim {joined}")
+            _need(
                 heads % self.kv_heads(is_decoder) == 0,
-                f"model.{prefix}num_heads {heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+                f"model.{name} {heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
             )
+            size = self.stack_head_dim(is_decoder)
+            _need(
+                self.positions != "rotary" or size % 2 == 0,
+                f"model.positions=rotary needs an even head_dim in both stacks, not {size}",
+            )
+        _need(
+            self.attention_window > 0 or not self.alternating_window,
+            "model.alternating_window=true needs model.attention_window of at least 1",
+        )
+        _need(
+            not self.parallel_block or (self.norm_position == "pre" and not self.num_encoder_layers),
+            "model.parallel_block needs norm_position=pre and num_encoder_layers=0",
+        )
+
+    def _check_positions(self) -> None:
         if self.positions == "relative":
             # Half of the buckets may serve one direction, half of those exact distances: at least one has to remain.
             buckets, distance = self.relative_bias_buckets, self.relative_bias_max_distance
-            need(buckets >= 4, f"model.relative_bias_buckets must be at least 4, not {buckets}")
-            need(
+            _need(buckets >= 4, f"model.relative_bias_buckets must be at least 4, not {buckets}")
+            _need(
                 distance > buckets // 2,
                 "model.relative_bias_max_distance must be greater than half of relative_bias_buckets,"
                 f" {buckets // 2}, not {distance}",
             )
         if self.positions == "learned":
-            need(self.max_positions > 0, "model.positions=learned needs model.max_positions of at least 1")
-        if self.positions == "rotary":
-            need(self.head_dim % 2 == 0, f"model.positions=rotary needs an even head_dim, not {self.head_dim}")
+            _need(self.max_positions > 0, "model.positions=learned needs model.max_positions of at least 1")
         if self.positions == "sinusoidal":
-            need(self.embed_dim % 2 == 0, f"model.positions=sinusoidal needs an even embed_dim, not {self.embed_dim}")
-        if self.num_decoder_layers:
-            need(self.head is None, f"model.head={self.head} is for an encoder alone, with num_decoder_layers=0")
-            need(not self.pooler, "model.pooler is for an encoder alone, with num_decoder_layers=0")
-        if self.head in ("pretraining", "sequence_classification"):
-            need(self.pooler, f"model.head={self.head} needs model.pooler=true")
-        if self.parallel_block:
-            need(
-                self.norm_position == "pre" and not self.num_encoder_layers,
-                "model.parallel_block needs norm_position=pre and num_encoder_layers=0",
+            _need(self.embed_dim % 2 == 0, f"model.positions=sinusoidal needs an even embed_dim, not {self.embed_dim}")
+        if self.rotary_scaling is not None:
+            factor, low, high, length = self.rotary_scaling
+            _need(
+                factor > 0 and 0 < low < high and length > 0,
+                "model.rotary_scaling must be factor, low and high frequency factor and length, above 0 and low below"
+                f" high, not {list(self.rotary_scaling)}",
             )
+
+    def _check_encoder_parts(self) -> None:
+        if self.num_decoder_layers:
+            _need(self.head is None, f"model.head={self.head} is for an encoder alone, with num_decoder_layers=0")
+            _need(not self.pooler, "model.pooler is for an encoder alone, with num_decoder_layers=0")
+        if self.head in ("pretraining", "sequence_classification"):
+            _need(self.pooler, f"model.head={self.head} needs model.pooler=true")
+        _need(
+            self.num_encoder_layers > 0 or not self.token_types,
+            f"model.token_types {self.token_types} is for an encoder, and num_encoder_layers is 0",
+        )
 
     def heads(self, is_decoder: bool) -> int:
         """Returns the number of attention heads of a stack."""
@@ -240,6 +260,11 @@ class TransformerConfig:
         if self.num_kv_heads > 1:  # a single one is not split
             sizes["kv_heads"] = self.num_kv_heads
         return sizes
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
 
 
 _MAY_BE_0 = (

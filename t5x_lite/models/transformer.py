@@ -290,9 +290,9 @@ def decoder_segments(batch: Batch, pad_id: int | None) -> jax.Array:
 
 
 def _positions(batch: Batch, side: str, segments: jax.Array) -> jax.Array:
-    if f"{side}_positions" in batch:
-        return batch[f"{side}_positions"]
-    return positions_in_segments(segments)
+    positions = batch[f"{side}_positions"] if f"{side}_positions" in batch else positions_in_segments(segments)
+    # Padding needs no position, and may go on for longer than there are any.
+    return jnp.where(segments > 0, positions, 0)
 
 
 def _tiny_batch() -> dict[str, jax.Array]:

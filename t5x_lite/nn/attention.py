@@ -57,14 +57,16 @@ class KeysValues:
     value: jax.Array
 
     def write(self, new: "KeysValues", position: jax.Array) -> "KeysValues":
-        """Returns self with `new` (`[B, T, G, K]`) written to the slots `position[b], position[b] + 1, ...`."""
+        """Returns self with `new` (`[B, T, G, K]`) written to the slots `position[b], position[b] + 1, ...`.
 
-        def put(old: jax.Array, update: jax.Array) -> jax.Array:
-            return jax.vmap(lambda o, u, p: jax.lax.dynamic_update_slice_in_dim(o, u.astype(o.dtype), p, axis=0))(
-                old, update, position
-            )
+        What would come after the last slot, which is padding, is not written.
+        """
 
-        return KeysValues(key=put(self.key, new.key), value=put(self.value, new.value))
+        def put(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+            return old.at[start + jnp.arange(update.shape[0])].set(update.astype(old.dtype), mode="drop")
+
+        write = jax.vmap(put)
+        return KeysValues(write(self.key, new.key, position), write(self.value, new.value, position))
 
 
 def dot_product_attention(

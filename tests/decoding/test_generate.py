@@ -8,8 +8,9 @@ import pytest
 
 from t5x_lite.decoding import Generated, GenerationConfig, generate
 from t5x_lite.errors import InputError
-from t5x_lite.models import TransformerConfig, build
+from t5x_lite.models import PRESETS, TransformerConfig, build
 from t5x_lite.models.transformer import Transformer
+from t5x_lite.nn.attention import KeysValues
 from t5x_lite.sharding import make_mesh, put_batch, tree_shardings
 
 FAMILIES = ("v1_0_config", "tiny_config", "umt5_config")
@@ -202,3 +203,36 @@ def test_a_mesh_generates_the_same(tiny_config: Any, random_params: Any) -> None
 def test_nothing_to_generate_is_an_error(number: int) -> None:
     with pytest.raises(InputError, match=f"max_new_tokens must be at least 1, not {number}"):
         GenerationConfig(max_new_tokens=number)
+
+
+# --- positions that run out -----------------------------------------------------------------------------------------
+
+
+def test_a_learned_table_is_not_left(random_params: Any) -> None:
+    config = dataclasses.replace(
+        PRESETS["gpt2"],
+        vocab_size=32,
+        embed_dim=16,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        num_decoder_layers=2,
+        max_positions=8,
+        bos_id=None,
+        eos_id=None,
+        decoder_start_id=0,
+    )
+    model, params = build(config), random_params(config)
+    batch = {"decoder_input_tokens": np.arange(1, 6)[None]}
+    # The last token is not read again, so eight positions are enough for five and four.
+    out = generate(model, params, batch, GenerationConfig(max_new_tokens=4))
+    assert np.isfinite(out.scores).all()
+    with pytest.raises(InputError, match=r"prompt of 5 tokens and max_new_tokens 5 take 9 positions, .* has 8"):
+        generate(model, params, batch, GenerationConfig(max_new_tokens=5))
+
+
+def test_padding_of_a_late_chunk_does_not_overwrite_what_is_kept() -> None:
+    old = np.arange(10, dtype=np.float32).reshape(1, 10, 1, 1)
+    new = np.full((1, 4, 1, 1), -1, np.float32)
+    written = KeysValues(old, old).write(KeysValues(new, new), np.array([8])).key
+    assert np.ravel(written).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]

@@ -102,18 +102,18 @@ def outputs() -> Callable[[Transformer, Any, Arrays], Arrays]:
     @cache
     def program(model: Transformer) -> Any:
         def run(params: Any, batch: Arrays) -> dict[str, jax.Array]:
-            config, variables = model.config, {"params": params}
-            # XLA sees that all of these begin with the same computation.
+            config, once = model.config, _Once(model)
             made = {}
             if config.num_encoder_layers:
-                made["encoder_last_hidden_state"] = model.apply(variables, batch, method="encode")
+                made["encoder_last_hidden_state"] = once.apply({"params": params}, batch, method="encode")
             if config.pooler:
-                made["pooled_output"] = model.apply(variables, batch, method="pool")
+                made["pooled_output"] = once.apply({"params": params}, batch, method="pool")
             if config.head == "pretraining":
-                made["nsp_logits"] = model.apply(variables, batch, method="next_sentence")
-            if config.num_decoder_layers or config.head:
-                made["logits"] = model.apply(variables, batch)
-                sums = batch_loss(model, params, batch)
+                made["logits"], made["nsp_logits"] = once.apply({"params": params}, batch, method="pretrain")
+            elif config.head or config.num_decoder_layers:
+                made["logits"] = once.apply({"params": params}, batch)
+            if "logits" in made:
+                sums = batch_loss(once, params, batch)
                 made["loss"] = sums.cross_entropy / sums.weight
                 made["nsp_loss"] = sums.auxiliary / sums.weight
             return made
@@ -126,6 +126,20 @@ def outputs() -> Callable[[Transformer, Any, Arrays], Arrays]:
         return {name: np.asarray(value) for name, value in made.items()}
 
     return call
+
+
+class _Once:
+    """A model of which no method is traced twice for the same parameters and batch."""
+
+    def __init__(self, model: Transformer):
+        self.config = model.config
+        self._model = model
+        self._made: dict[str | None, Any] = {}
+
+    def apply(self, variables: Any, batch: Arrays, *, method: str | None = None, **options: Any) -> Any:
+        if method not in self._made:
+            self._made[method] = self._model.apply(variables, batch, method=method, **options)
+        return self._made[method]
 
 
 def _batch(config: TransformerConfig, reference: Arrays) -> Arrays:

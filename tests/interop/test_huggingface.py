@@ -126,6 +126,10 @@ EMBED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 VARIANTS: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
     "no prefix: gpt2": ("gpt2", lambda t: renamed(t, r"^transformer\.", "")),
     "no prefix: openai-gpt": ("openai_gpt", lambda t: renamed(t, r"^transformer\.", "")),
+    "no prefix, and a head: gpt2": (
+        "gpt2",
+        lambda t: copied(renamed(t, r"^transformer\.", ""), "wte.weight", "lm_head.weight"),
+    ),
     "prefix: bert-base": ("bert_model", lambda t: renamed(t, "^", "bert.")),
     "names of TensorFlow: bert": (
         "bert_pretraining",
@@ -330,8 +334,75 @@ def test_what_may_be_missing_and_is_there_is_read(huggingface_case: Any) -> None
 
 def test_what_may_be_missing_has_to_be_a_parameter(huggingface_case: Any) -> None:
     case = huggingface_case("bert_seqcls")
-    with pytest.raises(InputError, match=r"allow_missing 'clasifier/\*' fits no parameter.*classifier/kernel"):
+    with pytest.raises(InputError, match=r"allow_missing 'clasifier/\*' fits none of .*classifier/kernel"):
         load(case.directory, case.config, case.abstract, allow_missing=["clasifier/*"])
+
+
+def test_a_layer_that_is_missing_is_not_drawn_while_the_others_are_there(huggingface_case: Any, tmp_path: Path) -> None:
+    case = huggingface_case("gpt2")
+    tensors = read_tensors(case.directory)
+    del tensors["transformer.h.1.mlp.c_fc.bias"]
+    directory = write(tmp_path, tensors, read_settings("gpt2"))
+    with pytest.raises(CheckpointMismatch, match=r"h\.1\.mlp\.c_fc\.bias \(96,\) is missing"):
+        load(directory, case.config, case.abstract, allow_missing=["decoder/layers/mlp/up/bias"])
+
+
+def test_a_fused_tensor_may_be_missing_only_with_all_its_parts(huggingface_case: Any, tmp_path: Path) -> None:
+    case = huggingface_case("gpt2")
+    tensors = {k: v for k, v in read_tensors(case.directory).items() if not k.endswith("c_attn.bias")}
+    directory = write(tmp_path, tensors, read_settings("gpt2"))
+    with pytest.raises(CheckpointMismatch, match=r"h\.0\.attn\.c_attn\.bias \(72,\) is missing"):
+        load(directory, case.config, case.abstract, allow_missing=["*/query/bias"])
+    parts = [f"*/{part}/bias" for part in ("query", "key", "value")]
+    got = flat(load(directory, case.config, case.abstract, allow_missing=parts))
+    assert not np.any(got["decoder/layers/self_attention/key/bias"])
+
+
+def test_two_tensors_for_one_place_are_one_too_many(huggingface_case: Any, tmp_path: Path) -> None:
+    case = huggingface_case("gpt2")
+    tensors = read_tensors(case.directory)
+    tensors["wte.weight"] = tensors["transformer.wte.weight"] + 1
+    with pytest.raises(CheckpointMismatch, match=r"wte\.weight \(98, 24\) is not used"):
+        load(write(tmp_path, tensors, read_settings("gpt2")), case.config, case.abstract)
+
+
+def test_what_a_model_may_leave_unread(huggingface_case: Any) -> None:
+    case = huggingface_case("bert_pretraining")
+    config = dataclasses.replace(case.config, head="sequence_classification", head_bias=False, num_labels=3)
+    abstract = on_one_device(config)
+    new = {"allow_missing": ["classifier/*"]}
+    with pytest.raises(CheckpointMismatch, match=r"cls\.predictions\.bias \(95,\) is not used"):
+        load(case.directory, config, abstract, **new)
+    got = flat(load(case.directory, config, abstract, allow_unused=["cls.*"], **new))
+    expected = flat(case.params)
+    assert_same({k: v for k, v in got.items() if k in expected}, {k: v for k, v in expected.items() if k in got})
+    assert got.keys() - expected.keys() == {"classifier/kernel", "classifier/bias"}
+    with pytest.raises(InputError, match=r"allow_unused 'clas\.\*' fits none of "):
+        load(case.directory, config, abstract, allow_unused=["clas.*"])
+    with pytest.raises(CheckpointMismatch, match="is missing"):  # what is needed is read, whatever may be left
+        load(case.directory, case.config, on_one_device(dataclasses.replace(case.config, num_encoder_layers=4)),
+             allow_unused=["bert.*"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gpt2", {"n_layer": None}),
+        ("gpt2", {"vocab_size": "many"}),
+        ("bart", {"d_model": None}),
+        ("t5_v1_1", {"feed_forward_proj": None}),
+        ("llama_gqa", {"rope_theta": "x", "rope_parameters": "y"}),
+        ("bert_mlm", {"architectures": 3}),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_bad_input(
+    name: str, settings: dict[str, Any], huggingface_case: Any, tmp_path: Path
+) -> None:
+    case = huggingface_case(name)
+    directory = write(tmp_path, read_tensors(case.directory), {**read_settings(name), **settings})
+    with pytest.raises(InputError, match=r"config\.json") as caught:
+        huggingface.read_config(directory)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

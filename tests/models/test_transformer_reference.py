@@ -462,3 +462,13 @@ def test_models_without_biases_have_no_parameter_that_the_reference_leaves_out()
         leaves = jax.tree_util.tree_leaves_with_path(build(config).param_shapes())
         names = {jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1] for path, _ in leaves}
         assert names == {"table", "kernel", "scale"}
+
+
+def test_a_decoder_has_sizes_of_its_own() -> None:
+    stacks = build(BART).param_shapes()
+    for side, layers, mlp_dim in (("encoder", 2, 40), ("decoder", 3, 32)):
+        layer = stacks[side]["layers"]
+        assert layer["mlp"]["up"]["kernel"].shape == (layers, 24, mlp_dim)
+        assert layer["mlp"]["down"]["kernel"].shape == (layers, mlp_dim, 24)
+        assert layer["self_attention"]["query"]["kernel"].shape == (layers, 24, 24)
+        assert stacks[side]["positions"]["table"].shape == (16 + 2, 24)

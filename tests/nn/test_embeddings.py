@@ -47,7 +47,6 @@ def test_an_index_that_the_table_does_not_have_gives_nan(dtype) -> None:
     np.testing.assert_array_equal(nan[0], np.repeat([[False], [True], [True], [True], [False]], 6, axis=1))
 
 
-@pytest.mark.xfail(strict=True, reason="jnp.take counts negative indices from the end")
 def test_an_index_below_zero_gives_nan() -> None:
     assert np.all(np.isnan(SmallEmbedding(11, 6, "positions").apply(VARIABLES, jnp.array([[-1, -11]]))))
 

@@ -290,16 +290,11 @@ def test_every_family_learns_the_same_on_a_mesh(name: str, runs: Runs) -> None:
     losses = alone.metrics["loss"]
     assert len(losses) == STEPS
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
-    # Sums in another order. Of 30 steps, and 14 families, the largest difference seen is XXX.
-    for metric in spread.metrics.keys() - {"accuracy", "gradient_norm"}:
-        np.testing.assert_allclose(spread.metrics[metric], alone.metrics[metric], rtol=1e-5, atol=0, err_msg=metric)
-    worst = {
-        m: float(np.max(np.abs(np.array(spread.metrics[m]) / np.array(alone.metrics[m]) - 1)))
-        for m in alone.metrics
-        if np.all(np.array(alone.metrics[m]))
-    }
-    print("FIG", name, losses[0], np.mean(losses[-5:]), np.mean(losses[-5:]) / losses[0], worst)
-    print("FIG", alone.metrics.get("next_sentence_loss"))
+    # Sums in another order. Of 30 steps, and 14 families, 3e-6 was the largest seen.
+    for metric in spread.metrics.keys() - {"accuracy"}:
+        # AdamW does not see a gradient that is twice too large; the norm does, and 5e-6 was seen of it.
+        rtol = 1e-4 if metric == "gradient_norm" else 1e-5
+        np.testing.assert_allclose(spread.metrics[metric], alone.metrics[metric], rtol=rtol, atol=0, err_msg=metric)
 
 
 def test_what_a_step_counts(runs: Runs) -> None:
@@ -390,7 +385,6 @@ def test_gradients_of_bert_do_not_depend_on_the_number_of_microbatches() -> None
         got, got_sums = gradients(batch, microbatches)
         assert difference(got, whole) < 1e-6  # float32 sums in another order
         np.testing.assert_allclose(got_sums, sums, rtol=1e-6)
-        print("FIG", microbatches, difference(got, whole))
 
     # What they are not: the mean of the parts' own means.
     parts = [only(batch, np.arange(ROWS) % 4 == part) for part in range(4)]
