@@ -94,14 +94,17 @@ class LanguageModel:
         """Returns tokens `[B, N]`, lengths and scores for a batch of token ids; see `decoding.generate`.
 
         Raises:
-          InputError: prompt and new tokens are more than the model has positions for.
+          InputError: an encoder alone, prompts that are not padded on the right, or an input or a prompt with new
+            tokens that take more positions than the model has.
         """
         config = config or GenerationConfig()
+        self._check_generates()
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
-        prompt = 1
-        if "decoder_input_tokens" in batch:
-            tokens = np.asarray(batch["decoder_input_tokens"])
-            prompt = int(np.max(np.sum(np.asarray(batch.get("decoder_segment_ids", np.ones_like(tokens))) > 0, axis=1)))
+        sources, prompts = _segments(batch, "encoder"), _segments(batch, "decoder")
+        if np.any(prompts[:, 1:] > prompts[:, :-1]):
+            raise InputError("decoder_segment_ids rise within a row; prompts are padded on the right, with 0")
+        source, prompt = (int(np.max(np.sum(segments > 0, axis=1))) for segments in (sources, prompts))
+        self._check_length(source, f"the {source} tokens of an input")
         # The last token is not read again.
         self._check_length(prompt + config.max_new_tokens - 1, f"max_new_tokens {config.max_new_tokens} and the prompt")
         with jax.set_mesh(self.mesh):
@@ -114,8 +117,11 @@ class LanguageModel:
         and nothing is added to it.
 
         Raises:
-          InputError: the two have different lengths.
+          InputError: the two have different lengths, or the model is an encoder alone.
         """
+        self._check_generates()
+        if isinstance(inputs, str) or isinstance(targets, str):
+            raise InputError("score takes a list of inputs and a list of targets, not texts")
         if len(inputs) != len(targets):
             raise InputError(f"{len(inputs)} inputs for {len(targets)} targets")
         likelihoods, counts = [], []
@@ -171,6 +177,10 @@ class LanguageModel:
         if not prompt and not or_start:
             raise InputError("an empty text is no prompt for this model: its texts begin with no special token")
         return prompt or [self.config.decoder_start_id]
+
+    def _check_generates(self) -> None:
+        if not self.config.num_decoder_layers:
+            raise InputError("the model has no decoder: it cannot predict what comes next")
 
     def _check_length(self, length: int, what: str) -> None:
         limit = self.config.max_positions
@@ -258,6 +268,12 @@ def load(
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return LanguageModel(model, params, find_tokenizer(run / "tokenizer"), mesh, checkpoint)
+
+
+def _segments(batch: Batch, side: str) -> np.ndarray:
+    """Returns the segment ids of one side; of a side that is not there, a start token's."""
+    tokens = batch.get(f"{side}_input_tokens", np.ones((1, 1), np.int32))
+    return np.asarray(batch.get(f"{side}_segment_ids", np.ones(tokens.shape, np.int32)))
 
 
 def _bucket(size: int, multiple: int) -> int:

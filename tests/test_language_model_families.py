@@ -141,6 +141,15 @@ def test_a_prompt_and_its_continuation_have_to_fit_the_position_table() -> None:
         open_fixture("bart").generate_tokens(
             {"encoder_input_tokens": np.full((1, 4), 7, np.int32)}, GenerationConfig(max_new_tokens=46)
         )
+    long = {"encoder_input_tokens": np.full((1, 45), 7, np.int32), "encoder_segment_ids": np.ones((1, 45), np.int32)}
+    with pytest.raises(InputError, match=r"the 45 tokens of an input take 45 positions, .* has 44"):
+        open_fixture("bart").generate_tokens(long, GenerationConfig(max_new_tokens=2))
+
+
+def test_prompts_are_padded_on_the_right() -> None:
+    batch = {"decoder_input_tokens": np.array([[9, 9, 7, 8]]), "decoder_segment_ids": np.array([[0, 0, 1, 1]])}
+    with pytest.raises(InputError, match="decoder_segment_ids rise within a row"):
+        open_fixture("gpt2").generate_tokens(batch, GenerationConfig(max_new_tokens=2))
 
 
 # --- tiny models with tokenizers: texts -----------------------------------------------------------------------------
@@ -278,6 +287,13 @@ def test_texts_have_to_fit_the_position_table(open_published: Callable[[str], La
 def test_an_encoder_alone_does_not_generate(open_published: Callable[[str], LanguageModel]) -> None:
     with pytest.raises(InputError, match="no decoder"):
         open_published("bert").generate(["ships"], max_new_tokens=4)
+    with pytest.raises(InputError, match="no decoder"):
+        open_published("bert").score(["ships"], ["ships"])
+
+
+def test_score_takes_lists(open_published: Callable[[str], LanguageModel]) -> None:
+    with pytest.raises(InputError, match="score takes a list"):
+        open_published("gpt2").score("ab", "cd")
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -47,8 +47,9 @@ class SmallEmbedding(nn.Module):
     def __call__(self, indices: jax.Array) -> jax.Array:
         """Maps indices `[1 or B, L]` to vectors `[1 or B, L, D]`."""
         table = parameter(self, "table", self.table_init, (self.rows, self.embed_dim), (self.axis, "embed"))
+        table = constrain(table.astype(self.dtype), self.axis, "features")  # whole rows, as above
         indices = jnp.where(indices < 0, self.rows, indices)  # or they would count from the end
-        return jnp.take(table.astype(self.dtype), indices, axis=0, mode="fill", fill_value=jnp.nan)
+        return jnp.take(table, indices, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 class Head(nn.Module):
