@@ -1,4 +1,4 @@
-"""t5x_lite: train, evaluate and use T5-family language models in JAX, from a laptop to a TPU pod."""
+"""t5x_lite: train, evaluate and use Transformer language models in JAX, from a laptop to a TPU pod."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -206,7 +206,7 @@ def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Re
             raise InputError(f"'{override}' is not of the form key=value")
         if key == "model.preset":
             key = "model"
-        given[key] = (None if value == "null" else value, "command line")
+        given[key] = (_parse(value), "command line")
 
     model, model_origin = _base_model(given)
     values = flatten(RunConfig(model=model))
@@ -223,6 +223,17 @@ def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Re
     if "model.vocab_size" in given and "fit_vocabulary" not in given:
         values["fit_vocabulary"], origins["fit_vocabulary"] = False, "model.vocab_size is given"
     return Resolved(validate(values), origins)
+
+
+def _parse(value: str) -> Any:
+    if value.startswith("["):  # a list, such as model.stop_ids=[1,2]
+        import yaml
+
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    return None if value == "null" else value
 
 
 def _base_model(given: dict[str, tuple[Any, str]]) -> tuple[TransformerConfig, str]:

@@ -19,7 +19,7 @@ from t5x_lite.errors import InputError
 from t5x_lite.interop import checkpoints
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.registry import build
-from t5x_lite.models.transformer import Batch, Transformer
+from t5x_lite.models.transformer import Batch, Transformer, decoder_segments, encoder_segments
 from t5x_lite.training.checkpoints import load_params
 
 
@@ -100,7 +100,11 @@ class LanguageModel:
         config = config or GenerationConfig()
         self._check_generates()
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
-        sources, prompts = _segments(batch, "encoder"), _segments(batch, "decoder")
+        start = np.full((1, 1), self.config.decoder_start_id, np.int32)  # of a side that is not there
+        given = {"encoder_input_tokens": start, "decoder_input_tokens": start, **batch}
+        self._check_ids(*(given[f"{side}_input_tokens"] for side in ("encoder", "decoder")))
+        sources = np.asarray(encoder_segments(given, self.config.pad_id))
+        prompts = np.asarray(decoder_segments(given, self.config.pad_id))
         if np.any(prompts[:, 1:] > prompts[:, :-1]):
             raise InputError("decoder_segment_ids rise within a row; prompts are padded on the right, with 0")
         source, prompt = (int(np.max(np.sum(segments > 0, axis=1))) for segments in (sources, prompts))
@@ -145,6 +149,8 @@ class LanguageModel:
 
         They are those of the encoder; where there is none, of the decoder.
         """
+        if isinstance(texts, str):
+            raise InputError(f"embed takes a list of texts: [{texts[:40]!r}], not {texts[:40]!r}")
         out: list[np.ndarray] = []
         for start in range(0, len(texts), batch_size):
             part = [self._framed(text) for text in texts[start : start + batch_size]]
@@ -178,6 +184,12 @@ class LanguageModel:
             raise InputError("an empty text is no prompt for this model: its texts begin with no special token")
         return prompt or [self.config.decoder_start_id]
 
+    def _check_ids(self, *tokens: Any) -> None:
+        for ids in tokens:
+            highest = int(np.max(ids, initial=0))
+            if highest >= self.config.vocab_size:
+                raise InputError(f"token id {highest}: the model has embeddings for {self.config.vocab_size}")
+
     def _check_generates(self) -> None:
         if not self.config.num_decoder_layers:
             raise InputError("the model has no decoder: it cannot predict what comes next")
@@ -188,6 +200,7 @@ class LanguageModel:
             raise InputError(f"{what} take {length} positions, but the model has {limit}")
 
     def _length(self, sequences: Sequence[Sequence[int]]) -> int:
+        self._check_ids(*sequences)
         longest = max(len(sequence) for sequence in sequences)
         self._check_length(longest, f"the {longest} tokens of a text")
         bucket = _bucket(longest, 16)
@@ -263,17 +276,16 @@ def load(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s), shapes, layouts)
     if not ours:
         params = checkpoints.load_params(path, config, abstract, allow_missing=allow_missing, allow_unused=allow_unused)
-        return LanguageModel(model, params, find_tokenizer(path), mesh)
+        try:
+            tokenizer = find_tokenizer(path)
+        except InputError as error:  # the weights are of use without it
+            warnings.warn(f"{path} has a tokenizer that cannot be read, so texts cannot: {error}", stacklevel=2)
+            tokenizer = None
+        return LanguageModel(model, params, tokenizer, mesh)
     params, checkpoint, notes = load_params(path, abstract)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return LanguageModel(model, params, find_tokenizer(run / "tokenizer"), mesh, checkpoint)
-
-
-def _segments(batch: Batch, side: str) -> np.ndarray:
-    """Returns the segment ids of one side; of a side that is not there, a start token's."""
-    tokens = batch.get(f"{side}_input_tokens", np.ones((1, 1), np.int32))
-    return np.asarray(batch.get(f"{side}_segment_ids", np.ones(tokens.shape, np.int32)))
 
 
 def _bucket(size: int, multiple: int) -> int:

@@ -87,3 +87,10 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         resolve(tmp_path / "run.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_on_the_command_line() -> None:
+    model = resolve(None, ["model.stop_ids=[3, 4]", "model.rotary_scaling=[8, 1, 4, 64]"]).config.model
+    assert (model.stop_ids, model.rotary_scaling) == ((3, 4), (8.0, 1.0, 4.0, 64))
+    with pytest.raises(InputError, match="stop_ids"):
+        resolve(None, ["model.stop_ids=[3, x"])

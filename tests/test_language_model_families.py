@@ -291,9 +291,32 @@ def test_an_encoder_alone_does_not_generate(open_published: Callable[[str], Lang
         open_published("bert").score(["ships"], ["ships"])
 
 
+def test_padding_of_a_prompt_is_known_by_its_id() -> None:
+    lm = open_fixture("t5_v1_1")
+    source = {"encoder_input_tokens": np.array([[9, 8, 7, 1]])}
+    prompts = [np.array([[0, 5, 6, *pads]]) for pads in ((), (0, 0))]
+    few = GenerationConfig(max_new_tokens=4)
+    alone, padded = (lm.generate_tokens({**source, "decoder_input_tokens": prompt}, few) for prompt in prompts)
+    np.testing.assert_array_equal(alone.tokens, padded.tokens)
+
+
+def test_ids_that_the_model_has_no_embedding_for() -> None:
+    with pytest.raises(InputError, match="token id 98: the model has embeddings for 98"):
+        open_fixture("gpt2").generate_tokens({"decoder_input_tokens": np.array([[5, 98]])})
+
+
+@pytest.mark.parametrize("place", ["file", "file/under"])
+def test_places_that_cannot_be_directories(place: str, run: Any, published: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(run("import", published("gpt2"), tmp_path / place), "cannot be a run directory")
+    refused(run("export", published("gpt2"), tmp_path / place), "cannot be a directory")
+
+
 def test_score_takes_lists(open_published: Callable[[str], LanguageModel]) -> None:
     with pytest.raises(InputError, match="score takes a list"):
         open_published("gpt2").score("ab", "cd")
+    with pytest.raises(InputError, match="embed takes a list"):
+        open_published("bert").embed("ab")
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     records = recipe.read(config.data)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = recipe.run_tokenizer(config, records.texts(), Path(folder) / "tokenizer")
-    dataset, _ = recipe.datasets(records, config.data, config.train, tokenizer)
+    config = recipe.with_vocabulary(config, tokenizer)
+    dataset, _ = recipe.datasets(records, config.data, config.train, tokenizer, config.model.decoder_start_id)
     batch = dataset.batch(args.step)
     for row in range(min(args.examples, config.train.batch_size)):
         example = {key: value[row] for key, value in batch.items()}

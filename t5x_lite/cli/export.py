@@ -1,12 +1,11 @@
 """`t5x-lite export`: a run becomes a directory that transformers loads."""
 
 import argparse
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
-    parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
+    parser.add_argument("run", metavar="RUN", help="a run, one of its checkpoints, or a T5X checkpoint")
     parser.add_argument("directory", metavar="HF_DIR", help="the directory to write")
     parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16 (default float32)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -18,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     from t5x_lite.interop import huggingface
     from t5x_lite.language_model import load
 
-    directory = Path(args.directory).expanduser()
+    directory = huggingface.new_directory(args.directory)
     lm = load(args.run, dtype=args.dtype)
     huggingface.save(lm.params, lm.config, directory)
     if lm.tokenizer:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from t5x_lite.config import RunConfig, resolve, save
 from t5x_lite.errors import InputError
-from t5x_lite.run_directory import has_begun
+from t5x_lite.run_directory import has_begun, lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +42,21 @@ def run(args: argparse.Namespace) -> int:
     if other := [word for word in args.settings if not word.startswith("model.")]:
         raise InputError(f"'{other[0]}' is not a setting of the model, such as model.relative_bias_max_distance=256")
 
-    import jax
-
-    from t5x_lite.cli.display import show
     from t5x_lite.interop import checkpoints
-    from t5x_lite.language_model import load
-    from t5x_lite.training.checkpoints import save_params
 
     if not checkpoints.is_foreign(args.source):
         raise InputError(f"'{args.source}' is not {checkpoints.KINDS}")
+    with lock(out):
+        return _import(args, out)
+
+
+def _import(args: argparse.Namespace, out: Path) -> int:
+    import jax
+
+    from t5x_lite.cli.display import show
+    from t5x_lite.language_model import load
+    from t5x_lite.training.checkpoints import save_params
+
     model = resolve(None, [f"init_from={args.source}", *args.settings]).config.model
     lm = load(args.source, allow_missing=args.allow_missing, allow_unused=args.allow_unused, config=model)
     save_params(out / "checkpoints" / "0", lm.params)

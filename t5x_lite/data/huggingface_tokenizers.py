@@ -22,6 +22,7 @@ from t5x_lite.data.tokenizer_files import (
     read_json,
     role_ids,
     token_content,
+    valid_text,
     write_config,
 )
 from t5x_lite.errors import InputError
@@ -68,11 +69,11 @@ class HuggingFaceTokenizer:
         Raises:
             InputError: the vocabulary has no unknown token and cannot spell the text.
         """
-        return self._encode(lambda: [self._backend.encode(_valid(text), add_special_tokens=False)])[0]
+        return self._encode(lambda: [self._backend.encode(valid_text(text), add_special_tokens=False)])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        valid = [_valid(text) for text in texts]
+        valid = [valid_text(text) for text in texts]
         return self._encode(lambda: self._backend.encode_batch_fast(valid, add_special_tokens=False))
 
     def _encode(self, encode: Callable[[], list[Any]]) -> list[list[int]]:
@@ -203,14 +204,6 @@ def _byte_pair(directory: ModelDirectory, vocabulary: dict[str, int], files: tup
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _valid(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text
 
 
 def _clean_up(text: str) -> str:

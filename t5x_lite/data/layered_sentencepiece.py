@@ -13,6 +13,7 @@ from t5x_lite.data.tokenizer_files import (
     flagged,
     role_ids,
     until,
+    valid_text,
     write_config,
 )
 from t5x_lite.errors import InputError
@@ -152,7 +153,7 @@ class LayeredSentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         ids: list[int] = []
-        for index, part in enumerate(self._pattern.split(text)):
+        for index, part in enumerate(self._pattern.split(valid_text(text))):
             if index % 2:
                 ids.append(self._added[part.strip() if part not in self._added else part]["id"])
             elif part:
@@ -161,7 +162,7 @@ class LayeredSentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        batch = self._start.encode(list(texts))
+        batch = self._start.encode([valid_text(text) for text in texts])
         return [
             self.encode(text) if self._pattern.search(text) else self._shift(ids)
             for text, ids in zip(texts, batch, strict=True)

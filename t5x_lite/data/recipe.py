@@ -20,6 +20,8 @@ from t5x_lite.data.sources import check_columns, read_records
 from t5x_lite.data.tokenizer_files import CONFIG
 from t5x_lite.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, train_sentencepiece
 from t5x_lite.errors import InputError
+from t5x_lite.models.config import TransformerConfig
+from t5x_lite.models.registry import PRESETS
 from t5x_lite.run_directory import has_begun
 
 DEFAULT_TOKENIZER = "unigram:8000"
@@ -212,6 +214,52 @@ def run_tokenizer(config: RunConfig, texts: Iterable[str], directory: Path | Non
         origin = next((path for path in candidates if find_tokenizer(path)), None)
     spec = config.tokenizer or (str(origin) if origin else DEFAULT_TOKENIZER)
     return obtain_tokenizer(spec, config.extra_ids, texts, directory or own, expected=origin)
+
+
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """Returns the configuration with a model that fits the tokenizer; with `init_from` it must fit as it is.
+
+    Raises:
+      InputError: the model has fewer embeddings than the tokenizer has tokens, or other ids for pad or EOS.
+    """
+    model = config.model
+    fields: dict[str, Any] = {}
+    if config.fit_vocabulary and not config.init_from:
+        fields["vocab_size"] = -(-tokenizer.vocab_size // 128) * 128
+    rows = fields.get("vocab_size", model.vocab_size)
+    # bart-large-cnn, for one, was fine-tuned without its last token, the mask.
+    if rows < tokenizer.vocab_size - (tokenizer.mask_id == tokenizer.vocab_size - 1):
+        where = f"the checkpoint {config.init_from}" if config.init_from else "the model"
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, but {where} has embeddings for {rows}")
+    # Ids as a preset has them are nobody's wish; others are, and so are those that parameters were trained with.
+    presets = [] if config.init_from else [preset for preset in PRESETS.values() if preset.family == model.family]
+    for name in ("pad_id", "eos_id"):
+        given, ours = getattr(model, name), getattr(tokenizer, name)
+        also = model.stop_ids if name == "eos_id" else ()
+        if ours not in (given, *also) and given not in (None, *(getattr(preset, name) for preset in presets)):
+            raise InputError(f"model.{name} is {given}, but the tokenizer's is {ours}")
+    if not config.init_from:
+        fields |= _special_ids(model, tokenizer)
+    return dataclasses.replace(config, model=dataclasses.replace(model, **fields), fit_vocabulary=False)
+
+
+def _special_ids(model: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the ids of a new model: those of the tokenizer, each in the roles that it has in the family."""
+    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    roles = {model.bos_id: bos, model.eos_id: tokenizer.eos_id, model.pad_id: tokenizer.pad_id}
+
+    def same_role(token: int | None) -> int | None:
+        return None if token is None else roles.get(token)
+
+    return {
+        "pad_id": tokenizer.pad_id,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "stop_ids": (),
+        "decoder_start_id": roles.get(model.decoder_start_id, tokenizer.pad_id),
+        "forced_bos_id": same_role(model.forced_bos_id),
+        "forced_eos_id": same_role(model.forced_eos_id),
+    }
 
 
 def _same(one: Tokenizer, other: Tokenizer, folder: Path) -> bool:

@@ -245,3 +245,12 @@ def decode_runs(
         else:
             parts.append(decode(list(run)))
     return " ".join(part for part in parts if part)
+
+
+def valid_text(text: str) -> str:
+    """Returns the text with `?` for every lone surrogate, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text

@@ -16,7 +16,15 @@ from t5x_lite.data.layered_sentencepiece import (
     sentencepiece_processor,
     sentencepiece_proto,
 )
-from t5x_lite.data.tokenizer_files import CONFIG, KIND, ModelDirectory, decode_runs, until, write_config
+from t5x_lite.data.tokenizer_files import (
+    CONFIG,
+    KIND,
+    ModelDirectory,
+    decode_runs,
+    until,
+    valid_text,
+    write_config,
+)
 from t5x_lite.errors import InputError, nearest
 
 _MODEL_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
@@ -139,13 +147,13 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         ids: list[int] = []
-        for segment in _segments(text, self.sentinels):
+        for segment in _segments(valid_text(text), self.sentinels):
             ids += [segment] if isinstance(segment, int) else self._processor.encode(segment)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        batch = self._processor.encode(list(texts))
+        batch = self._processor.encode([valid_text(text) for text in texts])
         return [self.encode(text) if "<extra_id_" in text else ids for text, ids in zip(texts, batch, strict=True)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -249,6 +257,8 @@ def load_tokenizer(spec: str | Path, extra_ids: int = 100) -> Tokenizer:
     has_json = (path / "tokenizer.json").is_file()
     # What was saved here as tokenizer.json, perhaps over something else.
     prefers_json = directory.settings.get(KIND) == "huggingface"
+    if model and model.name == FAIRSEQ_MODEL:  # of many classes, with ids of their own
+        prefers_json |= directory.tokenizer_class not in LAYERED_CLASSES
     if model and not (has_json and (prefers_json or directory.tokenizer_class not in _SENTENCEPIECE_CLASSES)):
         return _load_sentencepiece(model, directory, extra_ids)
     if has_json:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from t5x_lite.errors import InputError
-from t5x_lite.models.transformer import Batch, Cache, Transformer
+from t5x_lite.models.transformer import Batch, Cache, Transformer, decoder_segments
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def generate(
     cfg = model.config
     prompt, segments = _prompt(model, batch)
     rows, length = prompt.shape
-    # With segment ids only whoever has the numbers knows how long the prompts are.
-    ends = length + config.max_new_tokens - 1
-    if cfg.positions == "learned" and ends > cfg.max_positions and "decoder_segment_ids" not in batch:
+    # Where there may be padding only whoever has the numbers knows how long the prompts are.
+    ends, padded = length + config.max_new_tokens - 1, cfg.pad_id is not None or "decoder_segment_ids" in batch
+    if cfg.positions == "learned" and ends > cfg.max_positions and not padded:
         raise InputError(
             f"a prompt of {length} tokens and max_new_tokens {config.max_new_tokens} take {ends} positions, but the"
             f" model has {cfg.max_positions}"
@@ -148,8 +148,7 @@ def generate(
 
 def _prompt(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
     if "decoder_input_tokens" in batch:
-        prompt = jnp.asarray(batch["decoder_input_tokens"])
-        return prompt, jnp.asarray(batch.get("decoder_segment_ids", jnp.ones_like(prompt)))
+        return jnp.asarray(batch["decoder_input_tokens"]), decoder_segments(batch, model.config.pad_id)
     if not model.config.num_encoder_layers:
         raise InputError("a decoder alone continues a prompt: the batch needs decoder_input_tokens")
     start = jnp.full((batch["encoder_input_tokens"].shape[0], 1), model.config.decoder_start_id, jnp.int32)

@@ -18,7 +18,7 @@ import numpy as np
 
 from t5x_lite.errors import CheckpointMismatch, InputError
 from t5x_lite.interop.placement import Index, Shape, check_tensors, place
-from t5x_lite.interop.tensor_files import TensorFiles, open_tensors, write_safetensors
+from t5x_lite.interop.tensor_files import WEIGHT_FILES, TensorFiles, open_tensors, write_safetensors
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.registry import build, module_for, module_for_model_type
 from t5x_lite.models.weights import Stored
@@ -90,14 +90,11 @@ def save(params: Any, config: TransformerConfig, directory: str | Path) -> None:
     Raises:
       InputError: the family's class in transformers cannot do what the model does, or the directory is taken.
     """
-    directory = Path(directory).expanduser()
-    if directory.is_dir() and any((directory / name).exists() for name in ("config.json", "model.safetensors")):
-        raise InputError(f"'{directory}' holds a model already; name another directory")
     settings = module_for(config).to_huggingface(config)
+    directory = new_directory(directory)
     arrays = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     table = module_for(config).weights(config)
     dtype = {leaf.dtype.name for leaf in arrays.values()}
-    directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / "model.safetensors", _stored_tensors(arrays, table))
     generation = {
         name: settings[name]
@@ -111,14 +108,34 @@ def save(params: Any, config: TransformerConfig, directory: str | Path) -> None:
     _write_json(directory / "config.json", {**settings, "torch_dtype": dtype.pop() if len(dtype) == 1 else "float32"})
 
 
+def new_directory(path: str | Path) -> Path:
+    """Returns `path`, as a directory that holds no model yet.
+
+    Raises:
+      InputError: it holds one, or cannot be a directory.
+    """
+    directory = Path(path).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"'{directory}' cannot be a directory: {error.strerror}") from None
+    taken = [name for name in ("config.json", *WEIGHT_FILES) if (directory / name).exists()]
+    if taken:
+        raise InputError(f"'{directory}' holds a model already ({taken[0]}); name another directory")
+    return directory
+
+
 class _Checkpoint:
     """A Hugging Face directory: its configuration, and its tensors under the names of the family's table."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        settings = _read_json(directory / "config.json")
-        model_type = settings["model_type"] = _model_type(settings)
-        self.module = module_for_model_type(model_type)
+        settings = _settings(directory)
+        model_type = settings["model_type"]
+        try:
+            self.module = module_for_model_type(model_type)
+        except InputError as error:
+            raise InputError(f"{directory}: {error}") from None
         self.files: TensorFiles = open_tensors(directory)
         prefix = self.module.PREFIX[model_type]
         names = self.files.shapes
@@ -133,7 +150,7 @@ class _Checkpoint:
             spelling = full if name not in known and full in known and full not in names else name
             if spelling in known or not any(pattern.fullmatch(name) for pattern in buffers):
                 self.names[spelling] = name
-        self.config = dataclasses.replace(config, tied_head=self._is_tied(tables[1]))
+        self.config = dataclasses.replace(config, tied_head=self._is_tied(config, tables[1]))
 
     def _configuration(self, settings: Mapping[str, Any], names: Collection[str]) -> TransformerConfig:
         try:
@@ -213,10 +230,10 @@ class _Checkpoint:
             return self.files.read(name, (slice(0, 1), *index))[0]
         return self.files.read(name, index)
 
-    def _is_tied(self, untied: Mapping[str, Stored]) -> bool:
+    def _is_tied(self, config: TransformerConfig, untied: Mapping[str, Stored]) -> bool:
         head = untied.get("head/kernel")
         if head is None or head.name not in self.names:
-            return True
+            return config.tied_head  # as the flag says: a head that should be there is missing
         table = next((name for name in _names(untied["embedding/table"]) if name in self.names), None)
         return table is not None and self._equal(head.name, table)
 
@@ -241,11 +258,27 @@ def _all_names(stored: Stored, config: TransformerConfig) -> set[str]:
     return {name for layer in range(layers) for name in _names(stored, layer)}
 
 
-def _model_type(settings: Mapping[str, Any]) -> str:
+# What transformers 5 writes to generation_config.json alone, and 4 to config.json too.
+_GENERATION = ("decoder_start_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id")
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """Returns `config.json` with its model type, and what `generation_config.json` has of the token ids."""
+    settings = _read_json(directory / "config.json")
+    if (directory / "generation_config.json").is_file():
+        generation = _read_json(directory / "generation_config.json")
+        settings |= {name: generation[name] for name in _GENERATION if generation.get(name) is not None}
+    return {**settings, "model_type": _model_type(settings, directory)}
+
+
+def _model_type(settings: Mapping[str, Any], directory: Path) -> str:
     if "model_type" in settings:
         return str(settings["model_type"])
     # google/umt5-small, for one, has only its class: UMT5ForConditionalGeneration.
-    architecture = (settings.get("architectures") or ["none"])[0]
+    architectures = settings.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise InputError(f"{directory / 'config.json'} has neither a model_type nor architectures")
+    architecture = architectures[0]
     name = re.sub(r"(For[A-Z].*|LMHeadModel|Model)$", "", architecture).lower()
     return {"openaigpt": "openai-gpt", "xlmroberta": "xlm-roberta"}.get(name, name)
 

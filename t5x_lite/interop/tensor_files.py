@@ -38,6 +38,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+WEIGHT_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 # Half of what Linux reads ahead by default: a gap shorter than this comes from the disk anyway.
 _BLOCK = 1 << 16
 
@@ -89,8 +90,7 @@ def open_tensors(directory: Path) -> TensorFiles:
             return _Tensors(_list_file(file, list_tensors))
         if index.is_file():
             return _Tensors(_list_shards(index, list_tensors))
-    wanted = ", ".join(f"{name}, {name}.index.json" for name in formats)
-    raise InputError(f"no weights in '{directory}'; looked for {wanted}")
+    raise InputError(f"no weights in '{directory}'; looked for {', '.join(WEIGHT_FILES)}")
 
 
 def write_safetensors(path: Path, tensors: Iterable[Tensor]) -> None:

@@ -153,8 +153,6 @@ def from_huggingface(settings: Settings, names: Collection[str]) -> TransformerC
 
 def _check(settings: Settings, roberta: bool, pad_id: int | None, head: Head | None) -> None:
     require(settings, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
-    if head in _CLASSIFIES and settings.get("classifier_dropout") is not None:
-        require(settings, classifier_dropout=settings.get("hidden_dropout_prob", 0.1))
     if roberta and head == "masked_lm":
         require(settings, hidden_act="gelu")  # that of its head, whatever the layers' is
     if roberta and pad_id is None:
@@ -162,28 +160,34 @@ def _check(settings: Settings, roberta: bool, pad_id: int | None, head: Head | N
 
 
 def _parts(settings: Settings, names: Collection[str], kind: str) -> tuple[Head | None, bool]:
-    """Returns the head, and whether there is a pooler: as the tensors are, without names as `architectures` says."""
+    """Returns the head, and whether there is a pooler.
+
+    The class that `architectures` names says what must be there; the tensors may say more, and speak alone for a class
+    that is none of ours (facebook/contriever's is a BertModel under another name).
+    """
     architecture = (settings.get("architectures") or [f"{_CLASSES[kind]}Model"])[0]
     ending = architecture.removeprefix(_CLASSES[kind])
     known = [known for known in _HEADS if kind == "bert" or known != "ForPreTraining"]
-    if ending not in known:
+    wanted = _HEADS[ending] if ending in known else None
+    if ending not in known and (not names or architecture.startswith(_CLASSES[kind])):
         allowed = ", ".join(_CLASSES[kind] + known for known in known)
         raise InputError(f"architectures '{architecture}' in config.json is not supported, allowed: {allowed}")
     if not names:
-        return _HEADS[ending], ending in ("Model", "ForPreTraining", "ForSequenceClassification")
+        return wanted, ending in ("Model", "ForPreTraining", "ForSequenceClassification")
 
     def has(beginning: str) -> bool:
         return any(name.startswith(beginning) for name in names)
 
-    pooler = has(f"{PREFIX[kind]}pooler.")
-    if has(f"{_PREDICTIONS[PREFIX[kind]][0]}."):
-        return "pretraining" if has("cls.seq_relationship.") else "masked_lm", pooler
-    if has("qa_outputs."):
-        return "span", pooler
-    if not has("classifier."):
-        return None, pooler
-    of_sequences = "Token" not in ending and (pooler if kind == "bert" else has("classifier.out_proj."))
-    return ("sequence_classification", True) if of_sequences else ("token_classification", pooler)
+    head, pooler = wanted, has(f"{PREFIX[kind]}pooler.")
+    predicts = has(f"{_PREDICTIONS[PREFIX[kind]][0]}.")
+    if wanted in (None, "masked_lm") and predicts:
+        head = "pretraining" if has("cls.seq_relationship.") else "masked_lm"
+    elif wanted is None and has("qa_outputs."):
+        head = "span"
+    elif wanted is None and has("classifier."):
+        of_sequences = pooler if kind == "bert" else has("classifier.out_proj.")
+        head = "sequence_classification" if of_sequences else "token_classification"
+    return head, pooler or head in ("pretraining", "sequence_classification")
 
 
 def to_huggingface(config: TransformerConfig) -> dict[str, Any]:

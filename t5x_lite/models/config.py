@@ -135,6 +135,8 @@ class TransformerConfig:
     def _check_values(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type is int and not isinstance(value, int):
+                raise InputError(f"model.{field.name} must be a whole number, not {value!r}")
             if field.type is int and not field.name.endswith("_id"):
                 least = 0 if field.name in _MAY_BE_0 else 1
                 if value < least:

@@ -9,7 +9,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.weights import (
     Activation,
@@ -122,20 +121,12 @@ def from_huggingface(settings: Settings, names: Collection[str]) -> TransformerC
         norm_epsilon=settings.get("layer_norm_epsilon", 1e-5),
         max_positions=settings.get("n_positions", 512 if gpt else 1024),
         tied_head=is_tied(settings, names, "lm_head.weight"),
-        dropout_rate=_dropout_rate(settings),
+        dropout_rate=settings.get("resid_pdrop", 0.1),
         attention_dropout_rate=settings.get("attn_pdrop", 0.1),
         init_std=settings.get("initializer_range", 0.02),
         decoder_start_id=first_id(settings.get("decoder_start_token_id"), ids["bos_id"], ids["eos_id"]),
         **ids,
     )
-
-
-def _dropout_rate(settings: Settings) -> float:
-    embedding, residual = settings.get("embd_pdrop", 0.1), settings.get("resid_pdrop", 0.1)
-    if embedding != residual:
-        message = "one rate has to serve both: set them equal"
-        raise InputError(f"embd_pdrop {embedding} and resid_pdrop {residual} in config.json differ, {message}")
-    return embedding
 
 
 def _activation(settings: Settings, gpt: bool) -> Activation:

@@ -1,5 +1,6 @@
 """What families share in saying how Hugging Face stores their weights and their settings."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -138,8 +139,9 @@ def token_ids(settings: Settings, pad: int | None, bos: int | None, eos: int | N
 
     def every(key: str, default: int | None = None) -> tuple[int, ...]:
         value = settings.get(key, default)
-        # The first Llama conversions wrote -1 for none.
-        return tuple(i for i in (value if isinstance(value, list) else [value]) if i is not None and i >= 0)
+        rows = settings.get("vocab_size", math.inf)
+        # The first Llama conversions wrote -1 for none; GPT-2s with another vocabulary kept 50256.
+        return tuple(i for i in (value if isinstance(value, list) else [value]) if i is not None and 0 <= i < rows)
 
     def one(key: str, default: int | None = None) -> int | None:
         return next(iter(every(key, default)), None)

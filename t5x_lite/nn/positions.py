@@ -13,13 +13,16 @@ from t5x_lite.nn.parameters import Initializer, parameter
 def positions_in_segments(segments: jax.Array) -> jax.Array:
     """Returns each token's place in its own segment, int32 `[B, L]`: 0, 1, ... from where the segment begins.
 
-    So padding on the left, packed examples and padding on the right all need no word of their own.
+    So padding on the left, packed examples and padding on the right all need no word of their own. Padding within a
+    segment counts, as a token that nobody looks at.
 
     Args:
       segments: int32 `[B, L]`, see `attention.Mask`.
     """
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
-    begins = jnp.concatenate([jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    # Every place belongs to the last segment that was there before it.
+    owner = jax.lax.associative_scan(lambda before, here: jnp.where(here > 0, here, before), segments, axis=1)
+    begins = jnp.concatenate([jnp.zeros_like(owner[:, :1], bool), owner[:, 1:] != owner[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 

@@ -22,8 +22,7 @@ from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.evaluator import evaluate
 from t5x_lite.interop import checkpoints
-from t5x_lite.models.config import TransformerConfig
-from t5x_lite.models.registry import PRESETS, build
+from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.training.checkpoints import Checkpointer, load_params
 from t5x_lite.training.monitor import MetricsLog
@@ -83,7 +82,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
     records = recipe.read(config.data)
     with run_directory.lock(out):
         tokenizer = recipe.run_tokenizer(config, records.texts())
-        config = with_vocabulary(config, tokenizer)
+        config = recipe.with_vocabulary(config, tokenizer)
         return _train(config, records, tokenizer, mesh, out, observer)
 
 
@@ -121,50 +120,6 @@ def _train(
     finally:
         checkpointer.close()
     return TrainResult(config, state, metrics, tokenizer, mesh)
-
-
-def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Returns the configuration with a model that fits the tokenizer; with `init_from` it must fit as it is.
-
-    Raises:
-      InputError: the model has fewer embeddings than the tokenizer has tokens, or other ids for pad or EOS.
-    """
-    model = config.model
-    fields: dict[str, Any] = {}
-    if config.fit_vocabulary and not config.init_from:
-        fields["vocab_size"] = -(-tokenizer.vocab_size // 128) * 128
-    rows = fields.get("vocab_size", model.vocab_size)
-    if rows < tokenizer.vocab_size:
-        where = f"the checkpoint {config.init_from}" if config.init_from else "the model"
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, but {where} has embeddings for {rows}")
-    # Ids as a preset has them are nobody's wish; others are, and so are those that parameters were trained with.
-    presets = [] if config.init_from else [preset for preset in PRESETS.values() if preset.family == model.family]
-    for name in ("pad_id", "eos_id"):
-        given, ours = getattr(model, name), getattr(tokenizer, name)
-        if given not in (ours, None) and given not in [getattr(preset, name) for preset in presets]:
-            raise InputError(f"model.{name} is {given}, but the tokenizer's is {ours}")
-    if not config.init_from:
-        fields |= _special_ids(model, tokenizer)
-    return dataclasses.replace(config, model=dataclasses.replace(model, **fields), fit_vocabulary=False)
-
-
-def _special_ids(model: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the ids of a new model: those of the tokenizer, each in the roles that it has in the family."""
-    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    roles = {model.bos_id: bos, model.eos_id: tokenizer.eos_id, model.pad_id: tokenizer.pad_id}
-
-    def same_role(token: int | None) -> int | None:
-        return None if token is None else roles.get(token)
-
-    return {
-        "pad_id": tokenizer.pad_id,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "stop_ids": (),
-        "decoder_start_id": roles.get(model.decoder_start_id, tokenizer.pad_id),
-        "forced_bos_id": same_role(model.forced_bos_id),
-        "forced_eos_id": same_role(model.forced_eos_id),
-    }
 
 
 @dataclasses.dataclass
@@ -230,6 +185,7 @@ class _Run:
         record["tokens_per_second"] = tokens / (now - self.clock)
         self.clock = now
         if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
+            self.checkpointer.wait()  # one may still be on its way to the disk
             kept = self.checkpointer.steps()
             raise FloatingPointError(
                 f"step {step}: the loss is {record['loss']} and the gradient norm {record['gradient_norm']}; "

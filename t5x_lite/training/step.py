@@ -44,6 +44,8 @@ def batch_targets(config: TransformerConfig, batch: Batch) -> tuple[Targets, Tar
         raise InputError("an encoder without model.head predicts nothing that it could learn")
     rows = jnp.max(encoder_segments(batch, config.pad_id), axis=1).clip(0, 1).astype(jnp.float32)
     if config.head == "sequence_classification":
+        if config.num_labels == 1:
+            raise InputError("model.num_labels=1 is a regression, for which there is no loss here; allowed: 2 or more")
         return Targets(batch["labels"], rows), None
     if config.head == "span":
         spans = jnp.stack([batch["start_positions"], batch["end_positions"]], axis=1)

@@ -196,7 +196,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "rotary base": ("llama_gqa", {"rotary_base": 2.0}),
     "no rotary scaling": ("llama3_rope", {"rotary_scaling": None}),
     "no window: Mistral": ("sliding_window", {"attention_window": 0}),
-    "no window: GPT-3": ("gpt3_sparse", {"attention_window": 0}),
+    "no window: GPT-3": ("gpt3_sparse", {"attention_window": 0, "alternating_window": False}),
     "a window in every layer: GPT-3": ("gpt3_sparse", {"alternating_window": False}),
 }
 _FACTORS = ("norm_epsilon", "rotary_base")

@@ -156,7 +156,6 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("gpt2", {"scale_attn_weights": False}, ["scale_attn_weights False", "True"]),
     ("gpt2", {"add_cross_attention": True}, ["add_cross_attention True"]),
     ("gpt2", {"activation_function": "gelu_nwe"}, ["'gelu_nwe'", "did you mean 'gelu_new'"]),
-    ("gpt2", {"embd_pdrop": 0.2}, ["embd_pdrop 0.2", "resid_pdrop 0.1"]),
     ("gpt2", {"n_head": 7}, ["n_embd 768", "n_head 7"]),
     ("llama", {"attention_bias": True}, ["attention_bias True"]),
     ("llama", {"mlp_bias": True}, ["mlp_bias True"]),
@@ -170,11 +169,6 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("bert", {"is_decoder": True}, ["is_decoder True"]),
     ("bert", {"hidden_act": "quick_gelu"}, ["hidden_act 'quick_gelu'"]),
     ("bert", {"architectures": ["BertForMultipleChoice"]}, ["'BertForMultipleChoice'", "BertForMaskedLM"]),
-    (
-        "bert",
-        {"architectures": ["BertForTokenClassification"], "classifier_dropout": 0.3},
-        ["classifier_dropout 0.3", "0.1"],
-    ),
     ("roberta", {"pad_token_id": None}, ["pad_token_id null"]),
     ("roberta", {"architectures": ["RobertaForMaskedLM"], "hidden_act": "relu"}, ["hidden_act 'relu'"]),
 ]
@@ -240,7 +234,7 @@ def test_tied_and_scaled_heads_of_t5() -> None:
     assert both(shared, head, model_type="umt5", tie_word_embeddings=False) == (False, False)
 
 
-def test_heads_of_encoders_are_those_of_the_tensors() -> None:
+def test_heads_of_encoders_are_those_of_class_and_tensors() -> None:
     def head(kind: str, architecture: str, *names: str) -> tuple[str | None, bool]:
         config = read({"model_type": kind, "architectures": [architecture]}, names)
         return config.head, config.pooler
@@ -250,7 +244,14 @@ def test_heads_of_encoders_are_those_of_the_tensors() -> None:
     assert head("bert", "BertForMaskedLM", words, pooler, mlm, nsp) == ("pretraining", True)
     assert head("bert", "BertForMaskedLM", words, mlm) == ("masked_lm", False)
     assert head("bert", "BertForMaskedLM", words, pooler, mlm) == ("masked_lm", True)
-    assert head("bert", "BertForMaskedLM", words, pooler) == (None, True)
+    # What the class says is missing then, and not somebody else's head.
+    assert head("bert", "BertForMaskedLM", words, pooler) == ("masked_lm", True)
+    assert head("bert", "BertForSequenceClassification", words, "classifier.weight") == (
+        "sequence_classification",
+        True,
+    )
+    assert head("bert", "Contriever", words, pooler) == (None, True)
+    assert head("bert", "Somebody", words, mlm) == ("masked_lm", False)
     assert head("bert", "BertModel") == (None, True)
     assert head("bert", "BertForTokenClassification", words, pooler, "classifier.weight") == (
         "token_classification",
@@ -261,6 +262,17 @@ def test_heads_of_encoders_are_those_of_the_tensors() -> None:
     assert head("roberta", "RobertaForSequenceClassification", "classifier.out_proj.weight") == sequence
     assert head("xlm-roberta", "XLMRobertaForSequenceClassification") == sequence
     assert head("camembert", "CamembertForMaskedLM", "lm_head.bias") == ("masked_lm", False)
+
+
+def test_ids_that_the_vocabulary_does_not_have_are_none() -> None:
+    config = read({"model_type": "gpt2", "vocab_size": 21128})
+    assert (config.bos_id, config.eos_id, config.decoder_start_id) == (None, None, 0)
+
+
+def test_what_only_training_uses_does_not_keep_a_model_from_loading() -> None:
+    assert read({"model_type": "gpt2", "embd_pdrop": 0.0, "resid_pdrop": 0.3}).dropout_rate == 0.3
+    bert = {"model_type": "bert", "architectures": ["BertForTokenClassification"], "classifier_dropout": 0.3}
+    assert read(bert).head == "token_classification"
 
 
 def test_unknown_model_types() -> None:

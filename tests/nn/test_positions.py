@@ -101,11 +101,12 @@ def test_gradient_of_the_table_equals_the_naive_one(t: int, s: int) -> None:
 @pytest.mark.parametrize(
     ("segments", "positions"),
     [
-        ([1, 1, 1, 0, 0], [0, 1, 2, 0, 1]),  # padding on the right
+        ([1, 1, 1, 0, 0], [0, 1, 2, 3, 4]),  # padding on the right
         ([0, 0, 1, 1, 1], [0, 1, 0, 1, 2]),  # on the left
         ([1, 1, 2, 2, 2], [0, 1, 0, 1, 2]),  # packed
-        ([1, 2, 3, 3, 0], [0, 0, 0, 1, 0]),
-        ([0, 1, 1, 0, 2], [0, 0, 1, 0, 0]),  # a gap between two texts
+        ([1, 2, 3, 3, 0], [0, 0, 0, 1, 2]),
+        ([0, 1, 1, 0, 2], [0, 0, 1, 2, 0]),  # a gap between two texts
+        ([1, 1, 0, 1, 1], [0, 1, 2, 3, 4]),  # and one within a text
         ([2, 2, 1, 1, 1], [0, 1, 0, 1, 2]),  # in any order
         ([1, 1, 1, 1, 1], [0, 1, 2, 3, 4]),
         ([0, 0, 0, 0, 0], [0, 1, 2, 3, 4]),
