@@ -21,7 +21,6 @@ PACKAGES = (
     "pydantic",
     "pyyaml",
     "rich",
-    "safetensors",
     "tokenizers",
     "tensorboardX",
     "pyarrow",
