@@ -19,7 +19,7 @@ _HOMES = {
     "LanguageModel": "language_model",
     "load": "language_model",
 }
-_ROOMS = ("config", "data", "decoding", "evaluation", "models", "nn", "sharding", "training")
+_ROOMS = ("config", "data", "decoding", "evaluation", "interop", "models", "nn", "sharding", "training")
 
 
 def __getattr__(name: str) -> Any:
