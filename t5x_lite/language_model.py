@@ -132,7 +132,9 @@ class LanguageModel:
         for start in range(0, len(inputs), batch_size):
             part = zip(inputs[start : start + batch_size], targets[start : start + batch_size], strict=True)
             if self.config.num_encoder_layers:
-                batch = self._pairs_batch([(self._framed(source), self._framed(target)) for source, target in part])
+                batch = self._pairs_batch(
+                    [(self._framed(source), self._framed(target, is_target=True)) for source, target in part]
+                )
             else:
                 encode = self.require_tokenizer().encode
                 batch = self._decoder_batch([(self._prompt(source, True), encode(target)) for source, target in part])
@@ -173,9 +175,10 @@ class LanguageModel:
             raise InputError("this checkpoint has no tokenizer; use generate_tokens with token ids")
         return self.tokenizer
 
-    def _framed(self, text: str) -> list[int]:
+    def _framed(self, text: str, is_target: bool = False) -> list[int]:
         tokenizer = self.require_tokenizer()
-        return [*tokenizer.prefix_ids, *tokenizer.encode(text), *tokenizer.suffix_ids]
+        prefix, suffix = tokenizer.target_affixes if is_target else (tokenizer.prefix_ids, tokenizer.suffix_ids)
+        return [*prefix, *tokenizer.encode(text), *suffix]
 
     def _prompt(self, text: str, or_start: bool = False) -> list[int]:
         tokenizer = self.require_tokenizer()

@@ -16,6 +16,7 @@ from t5x_lite.data.tokenizer_files import (
     CONFIG,
     KIND,
     ModelDirectory,
+    OneLanguage,
     decode_runs,
     family_around,
     flagged,
@@ -30,7 +31,7 @@ from t5x_lite.errors import InputError
 _BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(OneLanguage):
     """A pipeline of the `tokenizers` library, from `tokenizer.json` or from vocabulary files.
 
     A literal special token in the text, such as `</s>`, `<|endoftext|>` or `[MASK]`, becomes its id. Decoding leaves

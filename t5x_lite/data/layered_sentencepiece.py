@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from t5x_lite.data.tokenizer_files import (
     KIND,
@@ -120,17 +120,22 @@ class LayeredSentencePieceTokenizer:
         self.bos_id, self.unk_id, self.mask_id = ids["bos"], ids["unk"], ids["mask"]
         self.eos_id: int | None = ids["eos"]
         self.pad_id: int = ids["pad"] if ids["pad"] is not None else self.eos_id
-        prefix, suffix = family_around(directory, ids)
+        source = target = family_around(directory, ids)
         if self._languages:
-            self._source = directory.settings.get("src_lang") or "en_XX"
-            if self._source not in self._languages:
-                raise InputError(f"src_lang '{self._source}': allowed are {', '.join(self._languages)}")
-            code = self._added[self._source]["id"]
-            prefix, suffix = ((), (self.eos_id, code)) if len(self._languages) == 25 else ((code,), (self.eos_id,))
-        self.prefix_ids, self.suffix_ids = flagged(directory, ids, prefix, suffix)
+            settings = directory.settings
+            source = self._language_affixes("src_lang", settings.get("src_lang") or "en_XX")
+            target = self._language_affixes("tgt_lang", settings["tgt_lang"]) if settings.get("tgt_lang") else source
+        self.prefix_ids, self.suffix_ids = flagged(directory, ids, *source)
+        self.target_affixes = flagged(directory, ids, *target)
+
+    def _language_affixes(self, setting: str, language: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if language not in self._languages:
+            raise InputError(f"{setting} '{language}': allowed are {', '.join(self._languages)}")
+        code, eos = self._added[language]["id"], cast(int, self.eos_id)
+        return ((), (eos, code)) if len(self._languages) == 25 else ((code,), (eos,))
 
     def _saved_config(self, directory: ModelDirectory) -> dict[str, object]:
-        keep = ("legacy", "src_lang", "add_bos_token", "add_eos_token")
+        keep = ("legacy", "src_lang", "tgt_lang", "add_bos_token", "add_eos_token")
         config: dict[str, object] = {KIND: "layered sentencepiece", "tokenizer_class": self._class}
         config |= {key: directory.settings[key] for key in keep if directory.settings.get(key) is not None}
         contents = {number: token["content"] for number, token in self._by_id.items()}

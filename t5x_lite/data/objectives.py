@@ -11,9 +11,9 @@ Example = tuple[np.ndarray, np.ndarray]
 """Inputs and targets, int32 [input length] and [target length], each ending in EOS; the lengths vary by example."""
 
 
-def frame(tokens: np.ndarray, tokenizer: Tokenizer, max_length: int) -> np.ndarray:
-    """Returns int32 `tokens` between `prefix_ids` and `suffix_ids` (T5: an EOS after them), cut to fit `max_length`."""
-    prefix, suffix = tokenizer.prefix_ids, tokenizer.suffix_ids
+def frame(tokens: np.ndarray, affixes: tuple[tuple[int, ...], tuple[int, ...]], max_length: int) -> np.ndarray:
+    """Returns int32 `tokens` between prefix and suffix (T5: an EOS after them), cut to fit `max_length`."""
+    prefix, suffix = affixes
     kept = tokens[: max_length - len(prefix) - len(suffix)]
     return np.concatenate([prefix, kept, suffix]).astype(np.int32)
 
@@ -172,7 +172,8 @@ class TextToText:
 
     def __call__(self, inputs: np.ndarray, targets: np.ndarray, tokenizer: Tokenizer) -> Example:
         """Returns the int tokens `inputs` [n] and `targets` [m] cut to fit, with the special tokens around them."""
-        return frame(inputs, tokenizer, self.input_length), frame(targets, tokenizer, self.target_length)
+        around = tokenizer.prefix_ids, tokenizer.suffix_ids
+        return frame(inputs, around, self.input_length), frame(targets, tokenizer.target_affixes, self.target_length)
 
     def encode(self, pair: tuple[str, str], tokenizer: Tokenizer) -> Example:
         """Returns a pair of texts as tokens, cut to fit, with the special tokens around them."""

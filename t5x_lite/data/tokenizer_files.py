@@ -247,6 +247,18 @@ def decode_runs(
     return " ".join(part for part in parts if part)
 
 
+class OneLanguage:
+    """A tokenizer whose targets are framed as its inputs are."""
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+
+    @property
+    def target_affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See `Tokenizer.target_affixes`."""
+        return self.prefix_ids, self.suffix_ids
+
+
 def valid_text(text: str) -> str:
     """Returns the text with `?` for every lone surrogate, which has no UTF-8."""
     try:

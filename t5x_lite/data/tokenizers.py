@@ -20,6 +20,7 @@ from t5x_lite.data.tokenizer_files import (
     CONFIG,
     KIND,
     ModelDirectory,
+    OneLanguage,
     decode_runs,
     until,
     valid_text,
@@ -60,6 +61,11 @@ class Tokenizer(Protocol):
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
 
+    @property
+    def target_affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prefix and suffix of a target: those of any text, but for mBART, which has the code of `tgt_lang` there."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without prefix and suffix; a literal `<extra_id_N>` becomes its sentinel."""
         ...
@@ -80,7 +86,7 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(OneLanguage):
     """A SentencePiece model with T5's sentinels.
 
     If the model itself has the pieces `<extra_id_0>`, ... these are the sentinels, and `extra_ids` is not used;
@@ -172,7 +178,7 @@ class SentencePieceTokenizer:
         (Path(directory) / _MODEL_NAMES[0]).write_bytes(self._model)
 
 
-class ByteTokenizer:
+class ByteTokenizer(OneLanguage):
     """ByT5's vocabulary (Xue et al. 2022): pad 0, EOS 1, unknown 2, byte b at b + 3; no file, no unknown text.
 
     The sentinels count down from 258. They are the ids of the bytes 0xFF to 0xF5, which UTF-8 never uses.

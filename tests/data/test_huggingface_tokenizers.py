@@ -10,6 +10,7 @@ import tokenizers
 
 from t5x_lite.data.huggingface_tokenizers import HuggingFaceTokenizer
 from t5x_lite.data.layered_sentencepiece import LayeredSentencePieceTokenizer
+from t5x_lite.data.objectives import TextToText
 from t5x_lite.data.tokenizers import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -496,6 +497,25 @@ def test_languages_in_their_published_order(directory):
     (path / "tokenizer_config.json").write_text('{"tokenizer_class": "MBartTokenizer", "src_lang": "xx_XX"}')
     with pytest.raises(InputError, match="src_lang 'xx_XX': allowed are ar_AR, cs_CZ"):
         load_tokenizer(path)
+
+
+def test_targets_of_mbart_have_the_language_of_the_target(directory, tmp_path):
+    settings = {"tokenizer_class": "MBartTokenizer", "src_lang": "en_XX", "tgt_lang": "ro_RO"}
+    tokenizer = load_tokenizer(directory("mbart", tokenizer_config=settings))
+    english, romanian = tokenizer.encode("en_XX"), tokenizer.encode("ro_RO")
+    assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ((), (2, *english))
+    assert tokenizer.target_affixes == ((), (2, *romanian))
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").target_affixes == tokenizer.target_affixes
+    inputs, targets = TextToText(8, 8).encode(("a", "a"), tokenizer)
+    assert (inputs[-1], targets[-1]) == (*english, *romanian)
+    with pytest.raises(InputError, match="tgt_lang 'ro': allowed are ar_AR"):
+        load_tokenizer(directory("mbart", tokenizer_config=settings | {"tgt_lang": "ro"}))
+
+
+def test_targets_of_others_are_framed_as_inputs(load):
+    for name in ("roberta", "llama", "gpt2", "mbart"):
+        assert load(name).target_affixes == (load(name).prefix_ids, load(name).suffix_ids)
 
 
 def test_mbart_is_known_by_the_models_type_and_size(directory):
