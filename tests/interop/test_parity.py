@@ -36,7 +36,7 @@ def test_outputs_and_loss_are_those_of_transformers(name: str, huggingface_case:
         assert np.all(np.isfinite(got[output])), output
         assert case.difference(output, got[output]) <= case.atol(output), output
     for loss in {"loss", "nsp_loss"} & case.reference.keys():
-        np.testing.assert_allclose(got[loss], case.reference[loss], rtol=1e-5, atol=2e-5, err_msg=loss)
+        np.testing.assert_allclose(got[loss], case.reference[loss], rtol=0, atol=1e-5, err_msg=loss)
 
 
 # --- padding --------------------------------------------------------------------------------------------------------
