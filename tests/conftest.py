@@ -97,6 +97,26 @@ def random_params() -> RandomParams:
 
 
 @pytest.fixture(scope="session")
+def sharp_params(random_params: RandomParams) -> RandomParams:
+    """What `random_params` draws for T5, for the others: queries that make attention choose, small biases.
+
+    T5's queries are 1/sqrt(head_dim) smaller; and biases of size 1 after every norm would make all tokens alike.
+    """
+
+    def make(config: TransformerConfig, seed: int = 0) -> Any:
+        def leaf(path: Any, value: np.ndarray) -> np.ndarray:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            factor = (
+                2 * config.head_dim**0.5 if name.endswith("query/kernel") else 0.2 if name.endswith("bias") else 1.0
+            )
+            return value * np.float32(factor)
+
+        return jax.tree_util.tree_map_with_path(leaf, random_params(config, seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def random_batch() -> RandomBatch:
     """A function `(rng, rows, input_length, target_length, vocab) -> batch` of random tokens.
 

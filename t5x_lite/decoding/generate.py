@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from t5x_lite.errors import InputError
+from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.transformer import Batch, Cache, Transformer, decoder_segments
 
 
@@ -81,13 +82,7 @@ def generate(
     cfg = model.config
     prompt, segments = _prompt(model, batch)
     rows, length = prompt.shape
-    # Where there may be padding only whoever has the numbers knows how long the prompts are.
-    ends, padded = length + config.max_new_tokens - 1, cfg.pad_id is not None or "decoder_segment_ids" in batch
-    if cfg.positions == "learned" and ends > cfg.max_positions and not padded:
-        raise InputError(
-            f"a prompt of {length} tokens and max_new_tokens {config.max_new_tokens} take {ends} positions, but the"
-            f" model has {cfg.max_positions}"
-        )
+    _check_positions(cfg, batch, length, config)
     allowed = jnp.arange(cfg.vocab_size) < (vocab_size or cfg.vocab_size)
     end_ids = jnp.array(cfg.end_ids, jnp.int32)
 
@@ -96,13 +91,11 @@ def generate(
         result: Any = model.apply({"params": params}, step_batch, cache=cache, method="decode", **kwargs)
         return result
 
-    encoded, length = None, 0
+    encoded, encoder_length = None, 0
     if cfg.num_encoder_layers:
-        encoded, length = (
-            model.apply({"params": params}, batch, method="encode"),
-            batch["encoder_input_tokens"].shape[1],
-        )
-    cache = model.new_cache(rows, prompt.shape[1] + config.max_new_tokens, length)
+        encoded = model.apply({"params": params}, batch, method="encode")
+        encoder_length = batch["encoder_input_tokens"].shape[1]
+    cache = model.new_cache(rows, length + config.max_new_tokens, encoder_length)
     logits, cache = decode(prompt, cache, segments=segments, encoded=encoded)
     last = jnp.take_along_axis(logits, (cache.position - 1)[:, None, None], axis=1)[:, 0]
 
@@ -144,6 +137,17 @@ def generate(
         ),
     )
     return jax.lax.while_loop(unfinished, extend, start).out
+
+
+def _check_positions(model: TransformerConfig, batch: Batch, length: int, config: GenerationConfig) -> None:
+    # Where there may be padding only whoever has the numbers knows how long the prompts are.
+    padded = model.pad_id is not None or "decoder_segment_ids" in batch
+    ends = length + config.max_new_tokens - 1
+    if model.positions == "learned" and ends > model.max_positions and not padded:
+        raise InputError(
+            f"a prompt of {length} tokens and max_new_tokens {config.max_new_tokens} take {ends} positions, but the"
+            f" model has {model.max_positions}"
+        )
 
 
 def _prompt(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -22,7 +22,6 @@ from t5x_lite.models.weights import (
     layers,
     linears,
     norm,
-    rate,
     require,
     token_ids,
     under,
@@ -82,7 +81,6 @@ PRESETS: dict[str, TransformerConfig] = {
 }
 
 PREFIX = {"bart": "model.", "mbart": "model."}
-MODEL_TYPES = tuple(PREFIX)
 BUFFERS: tuple[str, ...] = (r"(model\.)?(encoder|decoder)\.version",)  # fairseq's, in early files
 
 
@@ -149,8 +147,8 @@ def to_huggingface(config: TransformerConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "scale_embedding": config.scaled_embedding,
         "dropout": config.dropout_rate,
-        "attention_dropout": rate(config.attention_dropout_rate, config),
-        "activation_dropout": rate(config.mlp_dropout_rate, config),
+        "attention_dropout": config.rate(config.attention_dropout_rate),
+        "activation_dropout": config.rate(config.mlp_dropout_rate),
         "init_std": config.init_std,
         "is_encoder_decoder": True,
         "tie_word_embeddings": config.tied_head,

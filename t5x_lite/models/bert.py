@@ -23,7 +23,6 @@ from t5x_lite.models.weights import (
     linear,
     linears,
     norm,
-    rate,
     require,
     token_ids,
     under,
@@ -88,7 +87,6 @@ PRESETS: dict[str, TransformerConfig] = {
 }
 
 PREFIX = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta.", "camembert": "roberta."}
-MODEL_TYPES = tuple(PREFIX)
 BUFFERS: tuple[str, ...] = (
     r"((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)",
     # Early RoBERTa classifiers were saved with the pooler that they do not use; of other models the table has it.
@@ -204,7 +202,7 @@ def to_huggingface(config: TransformerConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp_dim,
         "hidden_act": activation_name(config),
         "hidden_dropout_prob": config.dropout_rate,
-        "attention_probs_dropout_prob": rate(config.attention_dropout_rate, config),
+        "attention_probs_dropout_prob": config.rate(config.attention_dropout_rate),
         "max_position_embeddings": config.max_positions + config.position_offset,
         "type_vocab_size": config.token_types,
         "initializer_range": config.init_std,

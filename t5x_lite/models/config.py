@@ -239,6 +239,10 @@ class TransformerConfig:
         """Returns the width of a stack's feed-forward block."""
         return (is_decoder and self.decoder_mlp_dim) or self.mlp_dim
 
+    def rate(self, own: float | None) -> float:
+        """Returns a dropout rate of its own, or where there is none the family's."""
+        return self.dropout_rate if own is None else own
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends a generated sequence."""

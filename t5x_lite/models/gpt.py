@@ -23,7 +23,6 @@ from t5x_lite.models.weights import (
     is_tied,
     layers,
     norm,
-    rate,
     require,
     token_ids,
     under,
@@ -96,7 +95,6 @@ PRESETS: dict[str, TransformerConfig] = {
 }
 
 PREFIX = {"gpt2": "transformer.", "openai-gpt": "transformer."}
-MODEL_TYPES = tuple(PREFIX)
 BUFFERS: tuple[str, ...] = (
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
     r"(transformer\.)?position_ids",
@@ -153,7 +151,7 @@ def to_huggingface(config: TransformerConfig) -> dict[str, Any]:
         "n_head": config.num_heads,
         "embd_pdrop": config.dropout_rate,
         "resid_pdrop": config.dropout_rate,
-        "attn_pdrop": rate(config.attention_dropout_rate, config),
+        "attn_pdrop": config.rate(config.attention_dropout_rate),
         "layer_norm_epsilon": config.norm_epsilon,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied_head,

@@ -24,7 +24,6 @@ from t5x_lite.models.weights import (
     layers,
     linears,
     norm,
-    rate,
     require,
     token_ids,
     under,
@@ -124,7 +123,6 @@ PRESETS: dict[str, TransformerConfig] = {
 }
 
 PREFIX = {"llama": "model.", "mistral": "model."}
-MODEL_TYPES = tuple(PREFIX)
 BUFFERS: tuple[str, ...] = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 
@@ -201,7 +199,7 @@ def to_huggingface(config: TransformerConfig) -> dict[str, Any]:
         "rope_theta": config.rotary_base,
         "rope_scaling": None if scaling is None else dict(zip(_LLAMA3, scaling, strict=True), rope_type="llama3"),
         **window,
-        "attention_dropout": rate(config.attention_dropout_rate, config),
+        "attention_dropout": config.rate(config.attention_dropout_rate),
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied_head,
         "decoder_start_token_id": config.decoder_start_id,

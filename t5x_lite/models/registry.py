@@ -20,14 +20,12 @@ class Family(Protocol):
       PRESETS: configurations by published name, in lower case.
       PREFIX: for each `model_type` of config.json that the file reads, what head models put before the names of their
         base model's tensors. Files of a base model alone (gpt2, bert-base-cased) may leave it out.
-      MODEL_TYPES: those model types.
       BUFFERS: regular expressions that match whole names of tensors in Hugging Face files that are no parameters. They
         are for what `weights` leaves over, and only for that.
     """
 
     PRESETS: dict[str, TransformerConfig]
     PREFIX: dict[str, str]
-    MODEL_TYPES: tuple[str, ...]
     BUFFERS: tuple[str, ...]
 
     def from_huggingface(self, settings: Mapping[str, Any], names: Collection[str]) -> TransformerConfig:
@@ -94,11 +92,11 @@ def module_for_model_type(name: str) -> Family:
       InputError: none does; the message has the nearest that one reads, or why this one is left out.
     """
     for file in _FILES:
-        if name in file.MODEL_TYPES:
+        if name in file.PREFIX:
             return file
     if name in t5.REFUSED:
         raise InputError(f"model_type '{name}' is not supported: {t5.REFUSED[name]}")
-    known = [kind for file in _FILES for kind in file.MODEL_TYPES]
+    known = [kind for file in _FILES for kind in file.PREFIX]
     raise InputError(f"model_type '{name}' is unknown, allowed: {', '.join(known)}{nearest(name, known)}")
 
 

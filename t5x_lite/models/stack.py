@@ -90,10 +90,6 @@ def relative_bias(config: TransformerConfig, is_decoder: bool) -> RelativeBias:
     )
 
 
-def _or(rate: float | None, default: float) -> float:
-    return default if rate is None else rate
-
-
 class Layer(nn.Module):
     """One block: self-attention, cross-attention where there is an encoder to look at, feed-forward."""
 
@@ -141,7 +137,7 @@ class Layer(nn.Module):
                 use_bias=cfg.bias,
                 kernel_init=inits.kernel,
                 residual_init=inits.residual,
-                dropout_rate=_or(cfg.mlp_dropout_rate, cfg.dropout_rate),
+                dropout_rate=cfg.rate(cfg.mlp_dropout_rate),
                 dropout_shared=cfg.dropout_style == "t5",
                 dtype=self.dtype,
                 name="mlp",
@@ -169,7 +165,7 @@ class Layer(nn.Module):
             kernel_init=inits.kernel,
             query_init=inits.query,
             residual_init=inits.residual,
-            dropout_rate=_or(cfg.attention_dropout_rate, cfg.dropout_rate),
+            dropout_rate=cfg.rate(cfg.attention_dropout_rate),
             dropout_shared=cfg.dropout_style == "t5",
             dtype=self.dtype,
             name=name,

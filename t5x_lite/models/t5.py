@@ -93,7 +93,6 @@ PRESETS: dict[str, TransformerConfig] = {
 }
 
 PREFIX = {"t5": "", "mt5": "", "umt5": ""}
-MODEL_TYPES = tuple(PREFIX)
 REFUSED = {"longt5": "its encoder has local or transient-global attention; t5, mt5 and umt5 attend to the whole input"}
 BUFFERS: tuple[str, ...] = (
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",

@@ -173,11 +173,6 @@ def is_tied(settings: Settings, names: Collection[str], head: str, default: bool
 # --- writing settings -----------------------------------------------------------------------------------------------
 
 
-def rate(own: float | None, config: TransformerConfig) -> float:
-    """Returns a dropout rate that may be left to `config.dropout_rate`."""
-    return config.dropout_rate if own is None else own
-
-
 def id_settings(config: TransformerConfig) -> dict[str, Any]:
     """Returns the settings that `token_ids` reads."""
     ids = {

@@ -41,20 +41,6 @@ def apply(config: TransformerConfig, params: Any, batch: Any, **options: Any) ->
     return np.asarray(jax.jit(lambda params: build(config).apply({"params": params}, batch, **options))(params))
 
 
-def sharpened(params: Any, config: TransformerConfig) -> Any:
-    """What `random_params` draws for T5, for the others: queries that make attention choose, small biases.
-
-    T5's queries are 1/sqrt(head_dim) smaller; and biases of size 1 after every norm would make all tokens alike.
-    """
-
-    def leaf(path: Any, value: np.ndarray) -> np.ndarray:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        factor = 2 * config.head_dim**0.5 if name.endswith("query/kernel") else 0.2 if name.endswith("bias") else 1.0
-        return value * np.float32(factor)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
-
-
 # --- packing --------------------------------------------------------------------------------------------------------
 
 
@@ -70,14 +56,14 @@ def packed_and_apart(rng: np.random.Generator, first: int, second: int) -> tuple
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_examples_packed_in_a_row_are_as_they_are_apart(name: str, random_params: Any) -> None:
+def test_examples_packed_in_a_row_are_as_they_are_apart(name: str, sharp_params: Any) -> None:
     config = CONFIGS[name]
     rng = np.random.default_rng(0)
     batch, lengths = {}, {"encoder": (4, 6), "decoder": (5, 7)}
     for side, (first, second) in lengths.items():
         tokens, segments, types = packed_and_apart(rng, first, second)
         batch |= {f"{side}_input_tokens": tokens, f"{side}_segment_ids": segments, f"{side}_token_types": types}
-    got = apply(config, sharpened(random_params(config), config), batch)
+    got = apply(config, sharp_params(config), batch)
     assert np.all(np.isfinite(got))
     first, second = lengths["decoder" if config.num_decoder_layers else "encoder"]
     two = got[0, first : first + second]
