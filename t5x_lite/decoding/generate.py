@@ -1,6 +1,6 @@
-"""Greedy generation: a compiled loop over `(tokens, cache)` that ends when every row has."""
+"""The decoding loop: prompts are read in one pass, then one compiled loop over `(tokens, cache)` until all rows end."""
 
-from dataclasses import dataclass
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -8,35 +8,27 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from t5x_lite.decoding.beam_search import BeamSearch, BeamState
+from t5x_lite.decoding.generation_config import GenerationConfig
+from t5x_lite.decoding.logits import History, Processor, processors
+from t5x_lite.decoding.sampling import Greedy, Sample, row_keys, warpers
+from t5x_lite.decoding.sequences import Sequences, SequencesState
+from t5x_lite.decoding.stopping import Stopping
 from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
-from t5x_lite.models.transformer import Batch, Cache, Transformer, decoder_segments
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How to generate; the names are Hugging Face's.
-
-    Attributes:
-      max_new_tokens: tokens after which a row ends, EOS included.
-    """
-
-    max_new_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        """Raises InputError for a length that makes no sense."""
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+from t5x_lite.models.transformer import Batch, Cache, Slots, Transformer, decoder_segments
 
 
 @struct.dataclass
 class Generated:
-    """What was generated.
+    """What was generated; with R sequences for each of B examples those of one example follow each other, best first.
 
     Attributes:
-      tokens: int32 `[B, N]`, EOS included, without prompt and start token, pads after the end.
-      lengths: int32 `[B]`, tokens of each row.
-      scores: float32 `[B]`, sum of the log-probabilities (nats) of those tokens.
+      tokens: int32 `[B * R, N]`, EOS included, without prompt and start token, pads after the end.
+      lengths: int32 `[B * R]`, tokens of each row.
+      scores: float32 `[B * R]`, nats: of greedy decoding and sampling the sum of the tokens' log-probabilities under
+        the model; of a beam search the length-penalised sum of the log-probabilities that it ranks by, in which a
+        forced token is certain.
     """
 
     tokens: jax.Array
@@ -45,98 +37,259 @@ class Generated:
 
 
 @struct.dataclass
-class _State:
-    """The loop's state: what is `Generated` so far, and
+class Progress:
+    """A generation under way: B examples with R sequences each, N new tokens at most, prompts of up to T tokens.
 
     Attributes:
-      step: int32 scalar, tokens generated per row.
-      cache: the decoder's memory of everything before `logits`.
-      logits: float32 `[B, V]`, for the next token.
-      finished: bool `[B]`, rows that have produced EOS.
+      step: int32 scalar, how many tokens were chosen for each sequence.
+      tokens: int32 `[B, R]`, the last of them, which the model has not read yet.
+      search: what the strategy knows.
+      cache: keys and values in M = T + (N - 1) * R slots: the prompt's, which all sequences of an example share, and
+        from slot T + n * R on those of the n-th new token of each of them.
+      ancestors: int32 `[B or 1, R, N]`, by which sequence's slot the n-th token of each sequence came to be. A beam
+        search changes these when a beam takes over another one's past; the cache stays where it is.
+      prompt: int32 `[B, T]`, padded on the right.
+      prompt_lengths: int32 `[B]`.
     """
 
     step: jax.Array
+    tokens: jax.Array
+    search: SequencesState | BeamState
     cache: Cache
-    logits: jax.Array
-    finished: jax.Array
-    out: Generated
+    ancestors: jax.Array
+    prompt: jax.Array
+    prompt_lengths: jax.Array
 
 
-@partial(jax.jit, static_argnums=(0, 3), static_argnames=("vocab_size",))
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How one model decodes; static, so that what is compiled for it is found again.
+
+    Attributes:
+      model: the model.
+      config: how; the seed is an argument of `begin`.
+      vocab_size: ids from here on are never generated; for a model that has more rows than its tokenizer has tokens.
+    """
+
+    model: Transformer
+    config: GenerationConfig
+    vocab_size: int | None = None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a sequence."""
+        return self.config.end_ids(self.model.config.end_ids)
+
+    @property
+    def search(self) -> Sequences | BeamSearch:
+        """The strategy."""
+        config = self.config
+        if config.num_beams > 1:
+            return BeamSearch(
+                num_beams=config.num_beams,
+                max_new_tokens=config.max_new_tokens,
+                num_return_sequences=config.num_return_sequences,
+                length_penalty=config.length_penalty,
+                length_penalty_style=config.length_penalty_style,
+                early_stopping=config.early_stopping,
+                fill_id=self.model.config.fill_id,
+                num_end_ids=len(self.end_ids),
+            )
+        strategy = Sample(warpers(config)) if config.do_sample else Greedy()
+        return Sequences(strategy, config.num_return_sequences, config.max_new_tokens, self.model.config.fill_id)
+
+    @property
+    def processors(self) -> tuple[Processor, ...]:
+        """What is done to the model's logits before a token is chosen."""
+        cfg = self.model.config
+        return processors(
+            self.config,
+            end_ids=cfg.end_ids,
+            vocab_size=self.vocab_size,
+            forced_bos_id=cfg.forced_bos_id,
+            forced_eos_id=cfg.forced_eos_id,
+        )
+
+    def begin(
+        self, params: Any, batch: Batch, seed: jax.Array, row_ids: jax.Array, stop_table: jax.Array | None
+    ) -> Progress:
+        """Encodes, reads the prompts and chooses the first token; see `generate` for the arguments."""
+        cfg, search = self.model.config, self.search
+        prompt, segments = self._prompt(batch)
+        rows, length = prompt.shape
+        _check_positions(cfg, batch, length, self.config)
+        prompt_lengths = jnp.sum(segments > 0, axis=1)
+        encoded, encoder_length = None, 0
+        if cfg.num_encoder_layers:
+            encoded = self.model.apply({"params": params}, batch, method="encode")
+            encoder_length = batch["encoder_input_tokens"].shape[1]
+        places = jnp.arange(length)[None, :]
+        logits, cache = self._decode(
+            params,
+            {**batch, "decoder_input_tokens": prompt, "decoder_segment_ids": segments, "decoder_positions": places},
+            self.model.new_cache(rows, length, encoder_length, self.config.cache_dtype),
+            Slots(jnp.zeros((), jnp.int32), places[:, None, :] <= places[:, :, None], places),
+            encoded=encoded,
+            only=prompt_lengths - 1,
+        )
+        stopping = Stopping(end_ids=self.end_ids, table=stop_table)
+        if isinstance(search, BeamSearch):
+            number, state = search.num_beams, search.start(rows, stopping)
+        else:
+            number, state = search.number, search.start(row_keys(seed, row_ids, search.number), stopping)
+        started = Progress(
+            step=jnp.zeros((), jnp.int32),
+            tokens=jnp.zeros((rows, number), jnp.int32),
+            search=state,
+            cache=cache.extended((self.config.max_new_tokens - 1) * number),
+            ancestors=jnp.broadcast_to(jnp.arange(number)[:, None], (1, number, self.config.max_new_tokens)),
+            prompt=prompt,
+            prompt_lengths=prompt_lengths,
+        )
+        if isinstance(search, BeamSearch):
+            started = started.replace(ancestors=jnp.repeat(started.ancestors, rows, axis=0))
+        return self._choose(started, jnp.broadcast_to(logits, (rows, number, logits.shape[-1])))
+
+    def advance(self, params: Any, progress: Progress, until: jax.Array | int) -> Progress:
+        """Goes on until every sequence has ended or has `until` tokens, of which there are at most N."""
+
+        def unfinished(progress: Progress) -> jax.Array:
+            return (progress.step < until) & self.search.unfinished(progress.search)  # type: ignore[arg-type]
+
+        def extend(progress: Progress) -> Progress:
+            read = progress.step - 1
+            positions = progress.prompt_lengths[:, None] + jnp.broadcast_to(read, progress.tokens.shape)
+            batch = {"decoder_input_tokens": progress.tokens, "decoder_positions": positions}
+            logits, cache = self._decode(params, batch, progress.cache, self._slots(progress, read))
+            return self._choose(progress.replace(cache=cache), logits)
+
+        return jax.lax.while_loop(unfinished, extend, progress)
+
+    def finish(self, progress: Progress) -> Generated:
+        """Returns the result."""
+        return Generated(*self.search.finish(progress.search))  # type: ignore[arg-type]
+
+    def _decode(
+        self, params: Any, batch: Batch, cache: Cache, slots: Slots, **kwargs: Any
+    ) -> tuple[jax.Array, Cache]:
+        result: Any = self.model.apply({"params": params}, batch, cache=cache, slots=slots, method="decode", **kwargs)
+        return result
+
+    def _choose(self, progress: Progress, logits: jax.Array) -> Progress:
+        search, step = self.search, progress.step
+        if isinstance(search, BeamSearch):
+            scores = self._process(progress, jax.nn.log_softmax(logits))
+            state, tokens, parents = search.choose(progress.search, scores)  # type: ignore[arg-type]
+            ancestors = jnp.take_along_axis(progress.ancestors, parents[:, :, None], axis=1)
+            own = jnp.broadcast_to(jnp.arange(search.num_beams), tokens.shape)
+            ancestors = jax.lax.dynamic_update_index_in_dim(ancestors, own, step, axis=2)
+        else:
+            scores = self._process(progress, logits)
+            state, tokens = search.choose(progress.search, logits, scores, step)  # type: ignore[arg-type]
+            ancestors = progress.ancestors
+        return progress.replace(step=step + 1, tokens=tokens, search=state, ancestors=ancestors)
+
+    def _process(self, progress: Progress, scores: jax.Array) -> jax.Array:
+        steps = self.processors
+        if not steps:
+            return scores
+        history = _history(progress, read=any(process.reads_history for process in steps))
+        flat = scores.reshape(-1, scores.shape[-1])
+        for process in steps:
+            flat = process(flat, history)
+        return flat.reshape(scores.shape)
+
+    def _slots(self, progress: Progress, read: jax.Array) -> Slots:
+        number = progress.tokens.shape[1]
+        rows, length = progress.prompt.shape
+        places, new = jnp.arange(length)[None, :], jnp.arange(self.config.max_new_tokens - 1)
+        own = progress.ancestors[:, :, : new.size, None] == jnp.arange(number)
+        own &= (new <= read)[:, None]
+        own = own.reshape(-1, number, new.size * number)
+        prompt = jnp.broadcast_to((places < progress.prompt_lengths[:, None])[:, None, :], (rows, number, length))
+        after = progress.prompt_lengths[:, None] + jnp.repeat(new, number)
+        return Slots(
+            start=length + read * number,
+            visible=jnp.concatenate([prompt, jnp.broadcast_to(own, (rows, *own.shape[1:]))], axis=2),
+            positions=jnp.concatenate([jnp.broadcast_to(places, prompt.shape[::2]), after], axis=1),
+        )
+
+    def _prompt(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        cfg = self.model.config
+        if "decoder_input_tokens" in batch:
+            return jnp.asarray(batch["decoder_input_tokens"]), decoder_segments(batch, cfg.pad_id)
+        if not cfg.num_encoder_layers:
+            raise InputError("a decoder alone continues a prompt: the batch needs decoder_input_tokens")
+        given = self.config.decoder_start_token_id
+        start_id = cfg.decoder_start_id if given is None else given
+        start = jnp.full((batch["encoder_input_tokens"].shape[0], 1), start_id, jnp.int32)
+        return start, jnp.ones_like(start)
+
+
 def generate(
-    model: Transformer, params: Any, batch: Batch, config: GenerationConfig, *, vocab_size: int | None = None
+    model: Transformer,
+    params: Any,
+    batch: Batch,
+    config: GenerationConfig,
+    *,
+    vocab_size: int | None = None,
+    row_ids: jax.Array | None = None,
+    stop_table: jax.Array | None = None,
 ) -> Generated:
-    """Generates the most likely token again and again, up to EOS or `max_new_tokens`.
+    """Generates up to an end token, a stop string, or `max_new_tokens`.
 
-    The model's `forced_bos_id` and `forced_eos_id` take the first and the last place of the output.
+    The model's `forced_bos_id` and `forced_eos_id` take the first and the last place of the output, unless the
+    configuration has others.
 
     Args:
       model: the model.
-      params: its parameters.
+      params: its parameters, as they are or as `model.unstacked(params)`, which is faster where the same parameters
+        decode again and again.
       batch: `encoder_input_tokens` `[B, S]`, with or without `encoder_segment_ids`, if the model has an encoder.
         `decoder_input_tokens` `[B, T]`, start token first, make the decoder continue a prompt, which a decoder alone
         needs; rows of different length are right-padded with `decoder_segment_ids` 0.
       config: how.
       vocab_size: ids from here on are never generated; for a model that has more rows than its tokenizer has tokens.
+      row_ids: int32 `[B]`, by default 0, 1, ...: what is sampled for a row depends on the seed and on this number, and
+        not on the rows beside it.
+      stop_table: of the configuration's stop strings, from `stopping.stop_table`.
     """
-    cfg = model.config
-    prompt, segments = _prompt(model, batch)
-    rows, length = prompt.shape
-    _check_positions(cfg, batch, length, config)
-    allowed = jnp.arange(cfg.vocab_size) < (vocab_size or cfg.vocab_size)
-    end_ids = jnp.array(cfg.end_ids, jnp.int32)
+    if config.stop_strings and stop_table is None:
+        raise InputError("stop_strings need a tokenizer's pieces: give stop_table, or use LanguageModel.generate")
+    if row_ids is None:
+        row_ids = jnp.arange(batch["encoder_input_tokens" if model.config.num_encoder_layers else _PROMPT].shape[0])
+    # The seed is no part of what is compiled.
+    decoder = Decoder(model, dataclasses.replace(config, seed=0), vocab_size)
+    return _generate(decoder, params, batch, jnp.uint32(config.seed), row_ids, stop_table)
 
-    def decode(tokens: jax.Array, cache: Cache, **kwargs: Any) -> tuple[jax.Array, Cache]:
-        step_batch = {**batch, "decoder_input_tokens": tokens, "decoder_segment_ids": kwargs.pop("segments")}
-        result: Any = model.apply({"params": params}, step_batch, cache=cache, method="decode", **kwargs)
-        return result
 
-    encoded, encoder_length = None, 0
-    if cfg.num_encoder_layers:
-        encoded = model.apply({"params": params}, batch, method="encode")
-        encoder_length = batch["encoder_input_tokens"].shape[1]
-    cache = model.new_cache(rows, length + config.max_new_tokens, encoder_length)
-    logits, cache = decode(prompt, cache, segments=segments, encoded=encoded)
-    last = jnp.take_along_axis(logits, (cache.position - 1)[:, None, None], axis=1)[:, 0]
+_PROMPT = "decoder_input_tokens"
 
-    def unfinished(state: _State) -> jax.Array:
-        return (state.step < config.max_new_tokens) & ~jnp.all(state.finished)
 
-    def extend(state: _State) -> _State:
-        log_probabilities = jax.nn.log_softmax(jnp.where(allowed[None, :], state.logits, -jnp.inf))
-        token = jnp.argmax(log_probabilities, axis=-1).astype(jnp.int32)
-        if cfg.forced_bos_id is not None:
-            token = jnp.where(state.step == 0, cfg.forced_bos_id, token)
-        if cfg.forced_eos_id is not None:
-            token = jnp.where(state.step == config.max_new_tokens - 1, cfg.forced_eos_id, token)
-        token = jnp.where(state.finished, cfg.fill_id, token)
-        gained = jnp.take_along_axis(log_probabilities, token[:, None], axis=-1)[:, 0]
-        out = Generated(
-            tokens=state.out.tokens.at[:, state.step].set(token),
-            lengths=state.out.lengths + ~state.finished,
-            scores=state.out.scores + jnp.where(state.finished, 0.0, gained),
+@partial(jax.jit, static_argnums=0)
+def _generate(decoder: Decoder, params: Any, batch: Batch, *rest: Any) -> Generated:
+    params = decoder.model.unstacked(params)
+    progress = decoder.begin(params, batch, *rest)
+    return decoder.finish(decoder.advance(params, progress, decoder.config.max_new_tokens))
+
+
+def _history(progress: Progress, read: bool) -> History:
+    rows, number = progress.tokens.shape
+    lengths = jnp.repeat(progress.prompt_lengths, number)
+    tokens = jnp.zeros((rows * number, 0), jnp.int32)
+    if read:
+        prompt = jnp.repeat(progress.prompt, number, axis=0)
+        new = progress.search.tokens.reshape(rows * number, -1)
+        # New tokens follow the prompt's own end, not its padding.
+        places = jnp.arange(prompt.shape[1] + new.shape[1])[None, :]
+        after = jnp.clip(places - lengths[:, None], 0, new.shape[1] - 1)
+        before = jnp.minimum(places, prompt.shape[1] - 1) + jnp.zeros_like(after)
+        tokens = jnp.where(
+            places < lengths[:, None],
+            jnp.take_along_axis(prompt, before, axis=1),
+            jnp.take_along_axis(new, after, axis=1),
         )
-        logits, cache = decode(token[:, None], state.cache, segments=jnp.ones_like(token[:, None]))
-        return _State(
-            step=state.step + 1,
-            cache=cache,
-            logits=logits[:, 0],
-            finished=state.finished | jnp.isin(token, end_ids),
-            out=out,
-        )
-
-    start = _State(
-        step=jnp.zeros((), jnp.int32),
-        cache=cache,
-        logits=last,
-        finished=jnp.zeros((rows,), bool),
-        out=Generated(
-            tokens=jnp.full((rows, config.max_new_tokens), cfg.fill_id, jnp.int32),
-            lengths=jnp.zeros((rows,), jnp.int32),
-            scores=jnp.zeros((rows,), jnp.float32),
-        ),
-    )
-    return jax.lax.while_loop(unfinished, extend, start).out
+    return History(tokens=tokens, lengths=lengths + progress.step, step=progress.step)
 
 
 def _check_positions(model: TransformerConfig, batch: Batch, length: int, config: GenerationConfig) -> None:
@@ -148,12 +301,3 @@ def _check_positions(model: TransformerConfig, batch: Batch, length: int, config
             f"a prompt of {length} tokens and max_new_tokens {config.max_new_tokens} take {ends} positions, but the"
             f" model has {model.max_positions}"
         )
-
-
-def _prompt(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    if "decoder_input_tokens" in batch:
-        return jnp.asarray(batch["decoder_input_tokens"]), decoder_segments(batch, model.config.pad_id)
-    if not model.config.num_encoder_layers:
-        raise InputError("a decoder alone continues a prompt: the batch needs decoder_input_tokens")
-    start = jnp.full((batch["encoder_input_tokens"].shape[0], 1), model.config.decoder_start_id, jnp.int32)
-    return start, jnp.ones_like(start)

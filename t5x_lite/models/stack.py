@@ -7,6 +7,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from t5x_lite.models.config import TransformerConfig
@@ -31,7 +32,7 @@ _NO_WINDOW = 2**30  # further than any two tokens are apart
 
 @struct.dataclass
 class LayerCache:
-    """What a decoder layer keeps between calls; `[B, ...]` in a layer, `[layers, B, ...]` in a stack.
+    """What a decoder layer keeps between calls.
 
     Attributes:
       self_attention: its own keys and values.
@@ -54,7 +55,7 @@ class Context:
       rotation: of queries and keys at `positions`, or None.
       encoded: `[B, S, D]`; None without an encoder, and where the cache already holds its projections.
       cross_mask: of the cross-attention; None without one.
-      cache_position: int32 `[B]`, the cache slot of the first query; None without a cache.
+      start: int32 scalar or `[B]`, the cache slot of the first query; None without a cache.
     """
 
     mask: Mask
@@ -64,7 +65,7 @@ class Context:
     rotation: Rotation | None = None
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
-    cache_position: jax.Array | None = None
+    start: jax.Array | None = None
 
 
 def make_norm(config: TransformerConfig, dtype: Any, name: str) -> nn.Module:
@@ -100,7 +101,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: Context, cache: LayerCache | None, window: jax.Array | None
+        self, x: jax.Array, context: Context, cache: LayerCache | None, window: jax.Array | int | None
     ) -> tuple[jax.Array, LayerCache | None]:
         """Maps `[B, T, D]` to itself, and the layer's cache to the next one."""
         cfg = self.config
@@ -112,18 +113,19 @@ class Layer(nn.Module):
             attend = self._attention("self_attention", inits)
             keys_values = attend.project(y, context.rotation)
             if cache is not None:
-                keys_values = cache.self_attention.write(keys_values, cast(jax.Array, context.cache_position))
+                keys_values = cache.self_attention.write(keys_values, cast(jax.Array, context.start))
             kept["self_attention"] = keys_values
             bias = context.bias
             if bias is None and cfg.positions == "relative":
-                length = keys_values.key.shape[1]
-                bias = relative_bias(cfg, self.is_decoder)(y.shape[1], length, context.mask.query_positions)
+                bias = relative_bias(cfg, self.is_decoder)(*_bias_places(y, cache, mask))
             return attend(y, keys_values, mask, bias, context.rotation, enable_dropout=self.enable_dropout)
 
         def cross_attention(y: jax.Array) -> jax.Array:
             attend = self._attention("cross_attention", inits)
             if context.encoded is not None:
                 keys_values = attend.project(context.encoded)
+                if cache is not None:
+                    keys_values = cast(KeysValues, cache.cross_attention).write(keys_values, jnp.zeros((), jnp.int32))
             else:
                 keys_values = cast(KeysValues, cast(LayerCache, cache).cross_attention)
             kept["cross_attention"] = keys_values
@@ -179,8 +181,20 @@ class Layer(nn.Module):
         return constrain(x if pre else norm(x), "batch", "length", "features")
 
 
+def _bias_places(x: jax.Array, cache: LayerCache | None, mask: Mask) -> tuple[Any, ...]:
+    # Without a cache every row counts from 0, and one bias serves the whole batch.
+    if cache is None:
+        return x.shape[1], x.shape[1]
+    return x.shape[1], cache.self_attention.key.shape[2], mask.query_positions, mask.key_positions
+
+
 class Stack(nn.Module):
-    """An encoder or a decoder: `lax.scan` over its layers, so that compile time does not grow with depth."""
+    """An encoder or a decoder.
+
+    Without a cache it is a `lax.scan` over its layers, so that compile time does not grow with depth. With one the
+    layers follow each other one by one: every layer's cache is then an array of its own, which a decoding loop updates
+    in place, where a scan would copy all of them in every step.
+    """
 
     config: TransformerConfig
     is_decoder: bool
@@ -189,26 +203,40 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: Context, cache: LayerCache | None = None, *, enable_dropout: bool = False
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Maps token embeddings `[B, T, D]` to hidden states, and the cache `[layers, ...]` to the next one."""
+        self,
+        x: jax.Array,
+        context: Context,
+        cache: tuple[LayerCache, ...] | None = None,
+        *,
+        enable_dropout: bool = False,
+    ) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
+        """Maps token embeddings `[B, T, D]` to hidden states, and the cache of each layer to the next one."""
         cfg = self.config
-        depth = cfg.num_decoder_layers if self.is_decoder else cfg.num_encoder_layers
         x = self._embed(x, context, enable_dropout)
         if cfg.positions == "rotary":
             turn = rotation(context.positions, cfg.stack_head_dim(self.is_decoder), cfg.rotary_base, cfg.rotary_scaling)
             context = dataclasses.replace(context, rotation=turn)
         if cfg.positions == "relative" and not cfg.relative_bias_per_layer:
-            key_length = x.shape[1] if cache is None else cache.self_attention.key.shape[2]
-            # Without a cache every row counts from 0, and one bias serves the whole batch.
-            positions = None if cache is None else context.mask.query_positions
-            bias = relative_bias(cfg, self.is_decoder)(x.shape[1], key_length, positions)
+            bias = relative_bias(cfg, self.is_decoder)(*_bias_places(x, cache and cache[0], context.mask))
             context = dataclasses.replace(context, bias=bias)
-        windows = None
-        if cfg.attention_window:
-            dense = cfg.alternating_window & (jnp.arange(depth) % 2 == 0)
-            windows = jnp.where(dense, _NO_WINDOW, cfg.attention_window)
+        if cache is None:
+            x = self._scan(x, context, enable_dropout)
+        else:
+            x, cache = self._step(x, context, cache)
+        if cfg.final_norm:
+            x = cast(Any, make_norm(cfg, self.dtype, "final_norm"))(x)
+        if cfg.dropout_style == "t5":
+            x = make_dropout(cfg)(x, enabled=enable_dropout)
+        return x, cache
 
+    def _windows(self, depth: int) -> Any:
+        if not self.config.attention_window:
+            return None
+        dense = self.config.alternating_window & (np.arange(depth) % 2 == 0)
+        return np.where(dense, _NO_WINDOW, self.config.attention_window)
+
+    def _scan(self, x: jax.Array, context: Context, enable_dropout: bool) -> jax.Array:
+        depth = self.config.num_decoder_layers if self.is_decoder else self.config.num_encoder_layers
         layer = Layer
         if self.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -216,17 +244,23 @@ class Stack(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=cast(Any, (nn.broadcast, 0, 0)),
+            in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0)),
             length=depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.is_decoder, self.dtype, enable_dropout, name="layers")
-        x, cache = layers(x, context, cache, windows)
+        )(self.config, self.is_decoder, self.dtype, enable_dropout, name="layers")
+        return layers(x, context, None, self._windows(depth))[0]
 
-        if cfg.final_norm:
-            x = cast(Any, make_norm(cfg, self.dtype, "final_norm"))(x)
-        if cfg.dropout_style == "t5":
-            x = make_dropout(cfg)(x, enabled=enable_dropout)
-        return x, cache
+    def _step(
+        self, x: jax.Array, context: Context, cache: tuple[LayerCache, ...]
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        params = self.get_variable("params", "layers")
+        windows = self._windows(len(cache))
+        layer, kept = Layer(self.config, self.is_decoder, self.dtype, enable_dropout=False, parent=None), []
+        for index, memory in enumerate(cache):
+            window = None if windows is None else int(windows[index])
+            x, memory = layer.apply({"params": layer_params(params, index)}, x, context, memory, window)
+            kept.append(memory)
+        return x, tuple(kept)
 
     def _embed(self, x: jax.Array, context: Context, enable_dropout: bool) -> jax.Array:
         cfg = self.config
@@ -247,3 +281,8 @@ class Stack(nn.Module):
     def _table(self, name: str, rows: int, axis: str = "positions") -> SmallEmbedding:
         init = initializers(self.config).positions
         return SmallEmbedding(rows, self.config.embed_dim, axis, init, dtype=self.dtype, name=name)
+
+
+def layer_params(layers: Any, index: int) -> Any:
+    """Returns the parameters of one layer, from stacked ones or from a tuple with those of each layer."""
+    return layers[index] if isinstance(layers, tuple) else jax.tree.map(lambda x: x[index], layers)

@@ -4,6 +4,7 @@ Functions of parameters and batch alone. The key-value cache is an argument and 
 ordinary loop over `(tokens, cache)`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from flax import struct
 from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.initialization import initializers
-from t5x_lite.models.stack import Context, LayerCache, Stack
+from t5x_lite.models.stack import Context, LayerCache, Stack, layer_params
 from t5x_lite.nn.attention import KeysValues, Mask
 from t5x_lite.nn.dense import Dense
 from t5x_lite.nn.dropout import Dropout
@@ -23,6 +24,7 @@ from t5x_lite.nn.embeddings import Head, TokenEmbedding
 from t5x_lite.nn.feed_forward import ACTIVATIONS
 from t5x_lite.nn.norms import LayerNorm
 from t5x_lite.nn.positions import positions_in_segments
+from t5x_lite.sharding import constrain
 
 Batch = Mapping[str, Any]  # int32 and float32 arrays by the names of the batch contract
 
@@ -32,14 +34,37 @@ class Cache:
     """A decoder's memory.
 
     Attributes:
-      layers: keys and values of every layer, `[layers, B, N, G, K]` (self) and `[layers, B, S, G, K]` (cross).
+      layers: keys and values of each layer.
       encoder_segments: int32 `[B, S]`, which encoder positions are real; None without an encoder.
       position: int32 `[B]`, how many tokens each row has seen, and so the slot its next one goes to.
     """
 
-    layers: LayerCache
+    layers: tuple[LayerCache, ...]
     encoder_segments: jax.Array | None
     position: jax.Array
+
+    def extended(self, slots: int) -> "Cache":
+        """Returns self with as many empty slots behind those there are."""
+        grown = (dataclasses.replace(x, self_attention=x.self_attention.extended(slots)) for x in self.layers)
+        return dataclasses.replace(self, layers=tuple(grown))
+
+
+@struct.dataclass
+class Slots:
+    """Where the tokens of a call go in the cache and what they see, where rows do not simply continue.
+
+    So several sequences of one example, the beams of a search, can be the T tokens of one row: they share the cache of
+    its prompt, and nothing is moved when a beam changes its past, only `visible`.
+
+    Attributes:
+      start: int32 scalar, the slot of the first of the call's T tokens; the others follow it.
+      visible: bool `[1 or B, T, M]`, which of the cache's M slots each token sees, its own included.
+      positions: int32 `[1 or B, M]`, where the token in each slot stands in its text.
+    """
+
+    start: jax.Array
+    visible: jax.Array
+    positions: jax.Array
 
 
 class Transformer(nn.Module):
@@ -138,6 +163,8 @@ class Transformer(nn.Module):
         encoded: jax.Array | None = None,
         cache: Cache | None = None,
         *,
+        slots: Slots | None = None,
+        only: jax.Array | None = None,
         enable_dropout: bool = False,
     ) -> Any:
         """Returns float32 logits `[B, T, V]` and, with a cache, `(logits, next cache)`.
@@ -148,15 +175,20 @@ class Transformer(nn.Module):
           encoded: `[B, S, D]`, of the same batch; None for a decoder alone. With a cache it is needed in the first
             call only: that one projects it for every layer, and the cache keeps the result.
           cache: from `new_cache`, or the previous call.
-          enable_dropout: needs `rngs={"dropout": key}` in `apply`.
+          slots: with a cache, where the tokens go instead, and what they see. `batch` then has `decoder_positions`,
+            and `cache.position` stays as it is.
+          only: int32 `[B]`, the one token of each row whose logits `[B, 1, V]` are wanted.
+          enable_dropout: without a cache; needs `rngs={"dropout": key}` in `apply`.
         """
-        x, cache = self._decode(batch, encoded, cache, enable_dropout)
+        x, cache = self._decode(batch, encoded, cache, slots, enable_dropout)
+        if only is not None:
+            x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         logits = self._logits(x)
         return logits if cache is None else (logits, cache)
 
     def hidden_states(self, batch: Batch) -> jax.Array:
         """Returns the contextual embedding of every token: of the encoder if there is one, else of the decoder."""
-        return self.encode(batch) if self.config.num_encoder_layers else self._decode(batch, None, None, False)[0]
+        return self.encode(batch) if self.config.num_encoder_layers else self._decode(batch, None, None, None, False)[0]
 
     def pool(self, batch: Batch, *, enable_dropout: bool = False) -> jax.Array:
         """Returns the pooled output `[B, D]`: a tanh layer over the hidden state of the first token."""
@@ -187,41 +219,50 @@ class Transformer(nn.Module):
         return self.head(x, self.embedding.table)
 
     def _decode(
-        self, batch: Batch, encoded: jax.Array | None, cache: Cache | None, enable_dropout: bool
+        self,
+        batch: Batch,
+        encoded: jax.Array | None,
+        cache: Cache | None,
+        slots: Slots | None,
+        enable_dropout: bool,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.config
         if not cfg.num_decoder_layers:
             raise InputError("the model has no decoder: it cannot predict what comes next")
         tokens = batch["decoder_input_tokens"]
         steps = jnp.arange(tokens.shape[1])[None, :]
-        source = None
         if cache is None:
             self._check_length(batch, "decoder")
             segments = decoder_segments(batch, cfg.pad_id)
             mask = Mask(segments, segments, steps)
-            positions, slot = _positions(batch, "decoder", segments), None
-            if cfg.num_encoder_layers:
-                source = encoder_segments(batch, cfg.pad_id)
+            positions, start = _positions(batch, "decoder", segments), None
         else:
             segments = batch.get("decoder_segment_ids", jnp.ones_like(tokens))
-            source = cache.encoder_segments if encoded is None else encoder_segments(batch, cfg.pad_id)
             # Slots not written yet lie behind every query, so all of them may count as real.
-            slots = jnp.ones((tokens.shape[0], cache.layers.self_attention.key.shape[2]), jnp.int32)
-            slot = cache.position
-            mask = Mask(segments, slots, slot[:, None] + steps)
-            positions = jnp.where(segments > 0, slot[:, None] + steps, 0)
+            real = jnp.ones((tokens.shape[0], cache.layers[0].self_attention.key.shape[2]), jnp.int32)
+            if slots is None:
+                start, places = cache.position, cache.position[:, None] + steps
+                mask = Mask(segments, real, places)
+            else:
+                start, places = slots.start, batch["decoder_positions"]
+                mask = Mask(segments, real, places, visible=slots.visible, key_positions=slots.positions)
+            positions = jnp.where(segments > 0, places, 0)
+        source = None
+        if cfg.num_encoder_layers:
+            projected = cache is not None and encoded is None
+            source = cast(Cache, cache).encoder_segments if projected else encoder_segments(batch, cfg.pad_id)
         context = Context(
             mask=mask,
             positions=positions,
             encoded=encoded,
             cross_mask=None if source is None else Mask(segments, source),
-            cache_position=slot,
+            start=start,
         )
         x, layers = self.decoder(self.embedding(tokens), context, cache and cache.layers, enable_dropout=enable_dropout)
         if cache is None:
             return x, None
-        advanced = cache.position + jnp.sum(segments > 0, axis=1)
-        return x, Cache(cast(LayerCache, layers), source, advanced)
+        advanced = cache.position + (jnp.sum(segments > 0, axis=1) if slots is None else 0)
+        return x, Cache(cast(Any, layers), source, advanced)
 
     def _check_length(self, batch: Batch, side: str) -> None:
         limit, length = self.config.max_positions, batch[f"{side}_input_tokens"].shape[1]
@@ -231,20 +272,43 @@ class Transformer(nn.Module):
             raise InputError(f"{side}_input_tokens has {length} tokens a row, but the model has {limit} positions")
 
     @nn.nowrap
-    def new_cache(self, batch_size: int, length: int, encoder_length: int = 0) -> Cache:
-        """Returns an empty cache for `length` decoder positions, and an encoder of `encoder_length` if there is one."""
+    def new_cache(self, batch_size: int, length: int, encoder_length: int = 0, dtype: Any = None) -> Cache:
+        """Returns an empty cache, laid out over the mesh by batch and heads.
+
+        Args:
+          batch_size: B.
+          length: slots for tokens of the decoder.
+          encoder_length: S, if there is an encoder.
+          dtype: float32, bfloat16, or int8, which has a scale for each head of each token; by default the model's.
+        """
         cfg = self.config
+        kv_heads = cfg.kv_heads(True)
+        heads = "features" if kv_heads == 1 else "heads" if kv_heads == cfg.heads(True) else "kv_heads"
 
         def keys_values(slots: int) -> KeysValues:
-            shape = (cfg.num_decoder_layers, batch_size, slots, cfg.kv_heads(True), cfg.stack_head_dim(True))
-            return KeysValues(key=jnp.zeros(shape, self.dtype), value=jnp.zeros(shape, self.dtype))
+            shape = (batch_size, kv_heads, slots, cfg.stack_head_dim(True))
+            empty = KeysValues.zeros(shape, dtype or self.dtype)
+            return jax.tree.map(lambda x: constrain(x, *("batch", heads, "length", "head_dim")[: x.ndim]), empty)
 
         crosses = cfg.num_encoder_layers > 0
+        layer = LayerCache(keys_values(length), keys_values(encoder_length) if crosses else None)
         return Cache(
-            layers=LayerCache(keys_values(length), keys_values(encoder_length) if crosses else None),
+            layers=(layer,) * cfg.num_decoder_layers,
             encoder_segments=jnp.zeros((batch_size, encoder_length), jnp.int32) if crosses else None,
             position=jnp.zeros((batch_size,), jnp.int32),
         )
+
+    @nn.nowrap
+    def unstacked(self, params: Any) -> Any:
+        """Returns parameters in which the decoder's layers are a tuple, each an array of its own.
+
+        Decoding takes either form. In a loop whose every step reads all weights once, this one spares reading them
+        twice, out of the stack and then into the product; it costs the memory of the decoder's layers.
+        """
+        layers = params["decoder"]["layers"]
+        if not isinstance(layers, tuple):
+            layers = tuple(layer_params(layers, index) for index in range(self.config.num_decoder_layers))
+        return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
     @nn.nowrap
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -27,46 +27,93 @@ class Mask:
       query_positions: int32 `[B, T]` or `[1, T]`, index of each query among the keys; None: not causal, and query t
         has index t. A causal query sees the keys up to its own index.
       window: int32 scalar; a query sees keys less than this far from it, so itself alone with 1. None: all.
+      visible: bool `[1 or B, T, S]`, which takes the place of segments and causality. Positions then only serve the
+        window.
+      key_positions: int32 `[1 or B, S]`; None: key s stands at position s.
     """
 
     query_segments: jax.Array
     key_segments: jax.Array
     query_positions: jax.Array | None = None
-    window: jax.Array | None = None
+    window: jax.Array | int | None = None
+    visible: jax.Array | None = None
+    key_positions: jax.Array | None = None
 
     def allowed(self) -> jax.Array:
         """Returns bool `[B, 1, T, S]`: True where the query may see the key."""
-        allowed = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        allowed &= (self.key_segments > 0)[:, None, :]
-        keys = jnp.arange(self.key_segments.shape[1])[None, None, :]
+        keys = self.key_positions
+        if keys is None:
+            keys = jnp.arange(self.key_segments.shape[1])[None, :]
         queries = self.query_positions
-        if queries is not None:
-            allowed &= keys <= queries[:, :, None]
+        if self.visible is not None:
+            allowed = self.visible
+        else:
+            allowed = self.query_segments[:, :, None] == self.key_segments[:, None, :]
+            allowed &= (self.key_segments > 0)[:, None, :]
+            if queries is not None:
+                allowed &= keys[:, None, :] <= queries[:, :, None]
         if self.window is not None:
             if queries is None:
                 queries = jnp.arange(self.query_segments.shape[1])[None, :]
-            allowed &= jnp.abs(queries[:, :, None] - keys) < self.window
+            allowed &= jnp.abs(queries[:, :, None] - keys[:, None, :]) < self.window
         return allowed[:, None, :, :]
 
 
 @struct.dataclass
 class KeysValues:
-    """Projected keys and values, `[B, S, G, K]` each (with a leading `layers` axis in a cache)."""
+    """Projected keys and values of S tokens.
+
+    Attributes:
+      key: `[B, G, S, K]`: heads come first, so that the products of attention need no transposed copy of a cache.
+      value: likewise.
+      key_scale: float32 `[B, G, S]`, by which an int8 key is multiplied; None for floats.
+      value_scale: likewise.
+    """
 
     key: jax.Array
     value: jax.Array
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
 
-    def write(self, new: "KeysValues", position: jax.Array) -> "KeysValues":
-        """Returns self with `new` (`[B, T, G, K]`) written to the slots `position[b], position[b] + 1, ...`.
+    @staticmethod
+    def zeros(shape: tuple[int, int, int, int], dtype: Any) -> "KeysValues":
+        """Returns an empty cache of shape `[B, G, S, K]`, with scales if the dtype is int8."""
+        numbers = jnp.zeros(shape, dtype)
+        scale = jnp.zeros(shape[:-1], jnp.float32) if numbers.dtype == jnp.int8 else None
+        return KeysValues(numbers, numbers, scale, scale)
 
-        What would come after the last slot, which is padding, is not written.
+    def quantized(self) -> "KeysValues":
+        """Returns the int8 form: each head of each token has its own scale, the largest number being 127."""
+
+        def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = x.astype(jnp.float32)
+            scale = jnp.max(jnp.abs(x), axis=-1) / 127
+            return jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8), scale
+
+        (key, key_scale), (value, value_scale) = quantize(self.key), quantize(self.value)
+        return KeysValues(key, value, key_scale, value_scale)
+
+    def write(self, new: "KeysValues", start: jax.Array) -> "KeysValues":
+        """Returns self with `new`, of T tokens, in the slots `start, start + 1, ...`, as int8 if self is.
+
+        Args:
+          new: floats, `[B, G, T, K]`.
+          start: int32 scalar; or `[B]`, a start for each row, and then what would come after the last slot, which is
+            padding, is not written.
         """
 
-        def put(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
-            return old.at[start + jnp.arange(update.shape[0])].set(update.astype(old.dtype), mode="drop")
+        def put(old: jax.Array, update: jax.Array) -> jax.Array:
+            update = update.astype(old.dtype)
+            if start.ndim == 0:
+                return jax.lax.dynamic_update_slice_in_dim(old, update, start, axis=2)
+            slots = start[:, None] + jnp.arange(update.shape[2])
+            return jax.vmap(lambda row, to, what: row.at[:, to].set(what, mode="drop"))(old, slots, update)
 
-        write = jax.vmap(put)
-        return KeysValues(write(self.key, new.key, position), write(self.value, new.value, position))
+        return jax.tree.map(put, self, new if self.key_scale is None else new.quantized())
+
+    def extended(self, slots: int) -> "KeysValues":
+        """Returns self with as many empty slots behind it."""
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), *((0, 0),) * (x.ndim - 3))), self)
 
 
 def dot_product_attention(
@@ -80,7 +127,7 @@ def dot_product_attention(
 
     Args:
       query: `[B, T, H, K]`.
-      keys_values: `[B, S, G, K]` each.
+      keys_values: of S tokens, G heads. The scales of int8 multiply the logits and the weights, never whole vectors.
       mask: who may look at whom.
       bias: float32 `[1 or B, H, T, S]`, added to the logits.
       dropout: a function of the weights `[B, H, T, S]`.
@@ -89,9 +136,12 @@ def dot_product_attention(
       `[B, T, H, K]` in the dtype of the query.
     """
     b, t, h, k = query.shape
-    s, g = keys_values.key.shape[1:3]
+    _, g, s, _ = keys_values.key.shape
     query = query.reshape(b, t, g, h // g, k)
-    logits = jnp.einsum("BTGRK,BSGK->BGRTS", query, keys_values.key, preferred_element_type=jnp.float32)
+    key, value = (x.astype(query.dtype) for x in (keys_values.key, keys_values.value))
+    logits = jnp.einsum("BTGRK,BGSK->BGRTS", query, key, preferred_element_type=jnp.float32)
+    if keys_values.key_scale is not None:
+        logits = logits * keys_values.key_scale[:, :, None, None, :]
     logits = logits.reshape(b, h, t, s)
     if bias is not None:
         logits = logits + bias
@@ -99,7 +149,9 @@ def dot_product_attention(
     if dropout is not None:
         weights = dropout(weights)
     weights = weights.reshape(b, g, h // g, t, s)
-    return jnp.einsum("BGRTS,BSGK->BTGRK", weights, keys_values.value).reshape(b, t, h, k)
+    if keys_values.value_scale is not None:
+        weights = (weights * keys_values.value_scale[:, :, None, None, :]).astype(query.dtype)
+    return jnp.einsum("BGRTS,BGSK->BTGRK", weights, value).reshape(b, t, h, k)
 
 
 class Attention(nn.Module):
@@ -160,7 +212,8 @@ class Attention(nn.Module):
         """Maps `[B, S, D]` to keys and values, the keys rotated to their positions."""
         key = self._split(self.key(source), self.num_kv_heads, self._kv_axis)
         value = self._split(self.value(source), self.num_kv_heads, self._kv_axis)
-        return KeysValues(key=key if rotation is None else rotation.turn(key), value=value)
+        key = key if rotation is None else rotation.turn(key)
+        return KeysValues(key=jnp.swapaxes(key, 1, 2), value=jnp.swapaxes(value, 1, 2))
 
     def __call__(
         self,

@@ -121,19 +121,26 @@ class RelativeBias(nn.Module):
         shape = (self.num_buckets, self.num_heads)
         self.table = parameter(self, "table", self.table_init, shape, ("buckets", "heads"))
 
-    def __call__(self, query_length: int, key_length: int, query_positions: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        query_length: int,
+        key_length: int,
+        query_positions: jax.Array | None = None,
+        key_positions: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns the bias, float32 `[1 or B, H, T, S]`.
 
         Args:
           query_length: T.
-          key_length: S; key s stands at position s.
-          query_positions: int32 `[B, T]`, where each query stands, for decoding with a cache; by default query t
+          key_length: S.
+          query_positions: int32 `[1 or B, T]`, where each query stands, for decoding with a cache; by default query t
             stands at position t in every row.
+          key_positions: int32 `[1 or B, S]`, likewise of the keys; read if there are `query_positions`.
         """
         if query_positions is None:
             return self._toeplitz(query_length, key_length)
-        keys = jnp.arange(key_length)[None, None, :]
-        bias = self._values(keys - query_positions[:, :, None])
+        keys = jnp.arange(key_length)[None, :] if key_positions is None else key_positions
+        bias = self._values(keys[:, None, :] - query_positions[:, :, None])
         return jnp.transpose(bias, (0, 3, 1, 2))
 
     def _values(self, distance: jax.Array) -> jax.Array:

@@ -18,6 +18,11 @@ QUERY, KEY, VALUE, BIAS = normal(B, T, H, K), normal(B, S, H, K), normal(B, S, H
 ALL = Mask(jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32))
 
 
+def keys_values(key: np.ndarray, value: np.ndarray) -> KeysValues:
+    """As attention takes them: heads before places."""
+    return KeysValues(jnp.asarray(key).swapaxes(1, 2), jnp.asarray(value).swapaxes(1, 2))
+
+
 def attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, allowed: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """softmax(query . key + bias) . value in float64, one query at a time."""
     out = np.zeros(query.shape)
@@ -29,7 +34,7 @@ def attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, allowed: np.nd
 
 
 def test_unscaled_softmax_attention_with_bias() -> None:
-    got = dot_product_attention(QUERY, KeysValues(KEY, VALUE), ALL, BIAS)
+    got = dot_product_attention(QUERY, keys_values(KEY, VALUE), ALL, BIAS)
     expected = attend(QUERY, KEY, VALUE, np.ones((B, T, S)), BIAS)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)  # float32 with a handful of terms
     scaled = attend(QUERY / np.sqrt(K).astype(np.float32), KEY, VALUE, np.ones((B, T, S)), BIAS)
@@ -44,7 +49,7 @@ def test_segments_and_causality() -> None:
         expected[b, t, s] = segments[b, t] == segments[b, s] != 0 and s <= t
     np.testing.assert_array_equal(mask.allowed()[:, 0], expected)
     real = segments > 0
-    got = dot_product_attention(QUERY, KeysValues(KEY[:, :T], VALUE[:, :T]), mask, BIAS[..., :T])
+    got = dot_product_attention(QUERY, keys_values(KEY[:, :T], VALUE[:, :T]), mask, BIAS[..., :T])
     reference = attend(QUERY, KEY[:, :T], VALUE[:, :T], expected | ~real[:, :, None], BIAS[..., :T])
     np.testing.assert_allclose(got[real], reference[real], rtol=1e-5, atol=1e-6)
 
@@ -61,7 +66,7 @@ def test_rows_that_may_see_nothing_are_finite_in_value_and_gradient() -> None:
     assert not mask.allowed().any()
 
     def total(query: jax.Array) -> jax.Array:
-        return jnp.sum(dot_product_attention(query, KeysValues(KEY, VALUE), mask, BIAS))
+        return jnp.sum(dot_product_attention(query, keys_values(KEY, VALUE), mask, BIAS))
 
     value, gradient = jax.value_and_grad(total)(jnp.asarray(QUERY))
     assert np.isfinite(value)
@@ -72,7 +77,7 @@ def test_logits_and_softmax_of_bfloat16_inputs_are_float32() -> None:
     # Logits near 100 that differ by 0.1: in bfloat16, whose spacing there is 0.5, most of them would be equal.
     bias = jnp.asarray(100 + 0.1 * RNG.permutation(T * S).reshape(1, 1, T, S) * np.ones((1, H, 1, 1)), jnp.float32)
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in (QUERY, KEY, VALUE))
-    got = dot_product_attention(query, KeysValues(key, value), ALL, bias)
+    got = dot_product_attention(query, keys_values(key, value), ALL, bias)
     assert got.dtype == jnp.bfloat16
     wide = [np.asarray(x, np.float32) for x in (query, key, value)]
     # Weights and result are rounded to bfloat16 (4e-3 of numbers of size 1), and nothing else is.
@@ -84,8 +89,8 @@ def test_logits_and_softmax_of_bfloat16_inputs_are_float32() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_dropout_of_the_weights_shares_its_mask_along_the_queries(shared: bool) -> None:
     module = Attention(D, H, H, K, dropout_rate=0.5, dropout_shared=shared)
-    x, keys_values = normal(B, T, D), KeysValues(KEY, VALUE)
-    variables = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x, keys_values, ALL))
+    x, memory = normal(B, T, D), keys_values(KEY, VALUE)
+    variables = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x, memory, ALL))
     seen = []
 
     def record(module: Attention, x: jax.Array) -> jax.Array:
@@ -94,7 +99,7 @@ def test_dropout_of_the_weights_shares_its_mask_along_the_queries(shared: bool) 
             return seen[-1]
 
         query = module.query(x).reshape(B, T, H, K)
-        return dot_product_attention(query, keys_values, ALL, None, dropout=dropout)
+        return dot_product_attention(query, memory, ALL, None, dropout=dropout)
 
     module.apply(variables, x, method=record, rngs={"dropout": jax.random.key(1)})
     kept = np.asarray(seen[0]) > 0  # [B, H, T, S]
@@ -106,12 +111,12 @@ def test_dropout_of_the_weights_shares_its_mask_along_the_queries(shared: bool) 
 
 def test_the_module_drops_when_asked_to() -> None:
     module = Attention(D, H, H, K, dropout_rate=0.5)
-    x, keys_values = normal(B, T, D), KeysValues(KEY, VALUE)
-    variables = module.init(jax.random.key(0), x, keys_values, ALL)
-    whole = module.apply(variables, x, keys_values, ALL)
+    x, memory = normal(B, T, D), keys_values(KEY, VALUE)
+    variables = module.init(jax.random.key(0), x, memory, ALL)
+    whole = module.apply(variables, x, memory, ALL)
     key = {"dropout": jax.random.key(1)}
-    np.testing.assert_array_equal(module.apply(variables, x, keys_values, ALL, rngs=key), whole)
-    dropped = module.apply(variables, x, keys_values, ALL, enable_dropout=True, rngs=key)
+    np.testing.assert_array_equal(module.apply(variables, x, memory, ALL, rngs=key), whole)
+    dropped = module.apply(variables, x, memory, ALL, enable_dropout=True, rngs=key)
     assert np.max(np.abs(dropped - whole)) > 0.1
 
 
@@ -179,9 +184,9 @@ def test_grouped_queries_are_multi_head_attention_with_repeated_keys_and_values(
 
     def run(params: dict, kv_heads: int) -> jax.Array:
         module = Attention(D, heads, kv_heads, K, scaled=True, use_bias=True)
-        keys_values = module.apply({"params": params}, x, turn, method="project")
-        assert keys_values.key.shape == keys_values.value.shape == (B, T, kv_heads, K)
-        return module.apply({"params": params}, x, keys_values, mask, rotation=turn)
+        projected = module.apply({"params": params}, x, turn, method="project")
+        assert projected.key.shape == projected.value.shape == (B, kv_heads, T, K)
+        return module.apply({"params": params}, x, projected, mask, rotation=turn)
 
     # The same float32 products in another order.
     np.testing.assert_allclose(run(params, kv_heads), run(whole, heads), rtol=1e-5, atol=1e-4)
@@ -189,11 +194,11 @@ def test_grouped_queries_are_multi_head_attention_with_repeated_keys_and_values(
 
 def test_each_group_serves_neighbouring_heads() -> None:
     query = normal(B, T, 6, K)
-    keys_values = KeysValues(KEY[:, :, :2], VALUE[:, :, :2])
     bias = normal(1, 6, T, S)
-    key, value = (np.repeat(x, 3, axis=2) for x in (keys_values.key, keys_values.value))
-    expected = attend(query, key, value, np.ones((B, T, S)), bias)
-    np.testing.assert_allclose(dot_product_attention(query, keys_values, ALL, bias), expected, rtol=1e-5, atol=1e-5)
+    key, value = KEY[:, :, :2], VALUE[:, :, :2]
+    expected = attend(query, np.repeat(key, 3, axis=2), np.repeat(value, 3, axis=2), np.ones((B, T, S)), bias)
+    got = dot_product_attention(query, keys_values(key, value), ALL, bias)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_queries_and_keys_are_rotated_and_values_are_not() -> None:
@@ -202,12 +207,13 @@ def test_queries_and_keys_are_rotated_and_values_are_not() -> None:
     turn, still = rotation(positions, K, 100.0), rotation(jnp.zeros_like(positions), K, 100.0)
     plain, rotated = (module.apply({"params": params}, x, r, method="project") for r in (still, turn))
     np.testing.assert_array_equal(rotated.value, plain.value)
-    np.testing.assert_allclose(rotated.key, turn.turn(plain.key), rtol=1e-6)
+    key, value = (np.swapaxes(np.asarray(x), 1, 2) for x in (rotated.key, rotated.value))
+    np.testing.assert_allclose(key, turn.turn(jnp.swapaxes(plain.key, 1, 2)), rtol=1e-6)
     mask = Mask(ALL.query_segments, ALL.query_segments)
     got = module.apply({"params": params}, x, rotated, mask, rotation=turn)
     query = np.asarray(turn.turn(jnp.asarray((x @ params["query"]["kernel"]).reshape(B, T, H, K))))
     none = np.zeros((1, H, T, T))
-    expected = attend(query, np.asarray(rotated.key), np.asarray(plain.value), np.ones((B, T, T)), none)
+    expected = attend(query, key, value, np.ones((B, T, T)), none)
     np.testing.assert_allclose(got, expected.reshape(B, T, -1) @ params["out"]["kernel"], rtol=1e-4, atol=1e-4)
 
 
@@ -250,12 +256,65 @@ def test_windows_of_rows_that_stand_at_different_places_of_a_cache(window: int) 
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_write_puts_every_row_at_its_own_place(length: int) -> None:
-    cache = KeysValues(jnp.zeros((B, S, H, K), jnp.bfloat16), jnp.zeros((B, S, H, K), jnp.bfloat16))
-    new = KeysValues(normal(B, length, H, K), normal(B, length, H, K))
-    written = cache.write(new, jnp.array([1, 4]))
+@pytest.mark.parametrize("starts", [(1, 4), (3, 3)])
+def test_write_puts_every_row_at_its_own_place(length: int, starts: tuple[int, int]) -> None:
+    cache = KeysValues.zeros((B, H, S, K), jnp.bfloat16)
+    new = KeysValues(normal(B, H, length, K), normal(B, H, length, K))
+    # Where all rows start at the same slot a scalar says so.
+    start = jnp.array(starts[0] if starts[0] == starts[1] else starts)
+    written = cache.write(new, start)
     for before, update, after in [(cache.key, new.key, written.key), (cache.value, new.value, written.value)]:
         expected = np.array(before)
-        expected[0, 1 : 1 + length], expected[1, 4 : 4 + length] = update.astype(expected.dtype)
+        for row, first in enumerate(starts):
+            expected[row, :, first : first + length] = update[row].astype(expected.dtype)
         assert after.dtype == before.dtype
         np.testing.assert_array_equal(after, expected)
+
+
+def test_padding_of_a_late_chunk_does_not_overwrite_what_is_kept() -> None:
+    old = np.arange(10, dtype=np.float32).reshape(1, 1, 10, 1)
+    new = np.full((1, 1, 4, 1), -1, np.float32)
+    written = KeysValues(old, old).write(KeysValues(new, new), jnp.array([8])).key
+    assert np.ravel(written).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
+
+
+def test_int8_has_a_scale_for_each_head_of_each_token() -> None:
+    # Heads and tokens of very different size: one scale for several of them would lose the small ones.
+    sizes = 10.0 ** RNG.integers(-3, 3, (B, H, S, 1))
+    exact = KeysValues(*(np.float32(sizes * normal(B, H, S, K)) for _ in range(2)))
+    cache = KeysValues.zeros((B, H, S + 2, K), jnp.int8).write(exact, jnp.int32(1))
+    assert cache.key.dtype == cache.value.dtype == jnp.int8
+    assert cache.key_scale.shape == cache.value_scale.shape == (B, H, S + 2)
+    for numbers, scale, wanted in (
+        (cache.key, cache.key_scale, exact.key),
+        (cache.value, cache.value_scale, exact.value),
+    ):
+        got = np.asarray(numbers, np.float32) * np.asarray(scale)[..., None]
+        # Half a step of the rounding, and a step is the largest number over 127; the rest is float32's own rounding.
+        assert np.all(np.abs(got[:, :, 1:-1] - wanted) <= np.max(np.abs(wanted), -1, keepdims=True) * (0.501 / 127))
+        assert np.all(got[:, :, [0, -1]] == 0)
+    zeros = KeysValues(jnp.zeros((1, 1, 1, K)), jnp.zeros((1, 1, 1, K))).quantized()
+    assert np.all(np.isfinite(zeros.key_scale))
+    assert np.all(zeros.key == 0)
+
+
+def test_attention_over_int8_is_attention_over_what_it_stands_for() -> None:
+    stored = keys_values(KEY, VALUE).quantized()
+    key, value = (
+        np.swapaxes(np.asarray(x, np.float32) * np.asarray(scale)[..., None], 1, 2)
+        for x, scale in ((stored.key, stored.key_scale), (stored.value, stored.value_scale))
+    )
+    got = dot_product_attention(QUERY, stored, ALL, BIAS)
+    # The scales come after the sums instead of before, in float32.
+    np.testing.assert_allclose(got, attend(QUERY, key, value, np.ones((B, T, S)), BIAS), rtol=1e-5, atol=1e-6)
+
+
+def test_visible_takes_the_place_of_segments_and_order() -> None:
+    visible = RNG.integers(0, 2, (1, T, S)).astype(bool)
+    positions, places = jnp.array([[5, 5, 6, 6, 9]]), jnp.array([[0, 1, 2, 5, 5, 6, 6]])
+    mask = Mask(ALL.query_segments * 0, ALL.key_segments * 0, positions, None, visible, places)
+    np.testing.assert_array_equal(mask.allowed()[:, 0], visible)
+    near = Mask(ALL.query_segments, ALL.key_segments, positions, 4, visible, places).allowed()[:, 0]
+    distance = np.abs(np.asarray(positions)[:, :, None] - np.asarray(places)[:, None, :])
+    np.testing.assert_array_equal(near, visible & (distance < 4))
+    assert near.any() and (near != visible).any()
