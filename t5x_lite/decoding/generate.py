@@ -1,7 +1,6 @@
 """The decoding loop: prompts are read in one pass, then one compiled loop over `(tokens, cache)` until all rows end."""
 
-import dataclasses
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -61,7 +60,7 @@ class Progress:
     prompt_lengths: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Decoder:
     """How one model decodes; static, so that what is compiled for it is found again.
 
@@ -74,6 +73,10 @@ class Decoder:
     model: Transformer
     config: GenerationConfig
     vocab_size: int | None = None
+
+    def without_seed(self) -> "Decoder":
+        """Returns self for any seed, which is no part of what is compiled."""
+        return replace(self, config=replace(self.config, seed=0))
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -110,14 +113,22 @@ class Decoder:
             forced_eos_id=cfg.forced_eos_id,
         )
 
+    def generate(
+        self, params: Any, batch: Batch, seed: jax.Array, row_ids: jax.Array, stop_table: jax.Array | None
+    ) -> Generated:
+        """Generates from beginning to end; see the function `generate` for the arguments."""
+        params = self.model.unstacked(params)
+        progress = self.begin(params, batch, seed, row_ids, stop_table)
+        return self.finish(self.advance(params, progress, self.config.max_new_tokens))
+
     def begin(
         self, params: Any, batch: Batch, seed: jax.Array, row_ids: jax.Array, stop_table: jax.Array | None
     ) -> Progress:
         """Encodes, reads the prompts and chooses the first token; see `generate` for the arguments."""
         cfg, search = self.model.config, self.search
-        prompt, segments = self._prompt(batch)
+        prompt, segments = self.prompt(batch)
         rows, length = prompt.shape
-        _check_positions(cfg, batch, length, self.config)
+        check_positions(cfg, batch, length, self.config)
         prompt_lengths = jnp.sum(segments > 0, axis=1)
         encoded, encoder_length = None, 0
         if cfg.num_encoder_layers:
@@ -147,7 +158,7 @@ class Decoder:
             prompt_lengths=prompt_lengths,
         )
         if isinstance(search, BeamSearch):
-            started = started.replace(ancestors=jnp.repeat(started.ancestors, rows, axis=0))
+            started = replace(started, ancestors=jnp.repeat(started.ancestors, rows, axis=0))
         return self._choose(started, jnp.broadcast_to(logits, (rows, number, logits.shape[-1])))
 
     def advance(self, params: Any, progress: Progress, until: jax.Array | int) -> Progress:
@@ -161,7 +172,7 @@ class Decoder:
             positions = progress.prompt_lengths[:, None] + jnp.broadcast_to(read, progress.tokens.shape)
             batch = {"decoder_input_tokens": progress.tokens, "decoder_positions": positions}
             logits, cache = self._decode(params, batch, progress.cache, self._slots(progress, read))
-            return self._choose(progress.replace(cache=cache), logits)
+            return self._choose(replace(progress, cache=cache), logits)
 
         return jax.lax.while_loop(unfinished, extend, progress)
 
@@ -169,9 +180,7 @@ class Decoder:
         """Returns the result."""
         return Generated(*self.search.finish(progress.search))  # type: ignore[arg-type]
 
-    def _decode(
-        self, params: Any, batch: Batch, cache: Cache, slots: Slots, **kwargs: Any
-    ) -> tuple[jax.Array, Cache]:
+    def _decode(self, params: Any, batch: Batch, cache: Cache, slots: Slots, **kwargs: Any) -> tuple[jax.Array, Cache]:
         result: Any = self.model.apply({"params": params}, batch, cache=cache, slots=slots, method="decode", **kwargs)
         return result
 
@@ -187,7 +196,7 @@ class Decoder:
             scores = self._process(progress, logits)
             state, tokens = search.choose(progress.search, logits, scores, step)  # type: ignore[arg-type]
             ancestors = progress.ancestors
-        return progress.replace(step=step + 1, tokens=tokens, search=state, ancestors=ancestors)
+        return replace(progress, step=step + 1, tokens=tokens, search=state, ancestors=ancestors)
 
     def _process(self, progress: Progress, scores: jax.Array) -> jax.Array:
         steps = self.processors
@@ -214,7 +223,8 @@ class Decoder:
             positions=jnp.concatenate([jnp.broadcast_to(places, prompt.shape[::2]), after], axis=1),
         )
 
-    def _prompt(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def prompt(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns what the decoder starts from, `[B, T]`: the batch's prompt or start tokens, and their segment ids."""
         cfg = self.model.config
         if "decoder_input_tokens" in batch:
             return jnp.asarray(batch["decoder_input_tokens"]), decoder_segments(batch, cfg.pad_id)
@@ -254,23 +264,11 @@ def generate(
         not on the rows beside it.
       stop_table: of the configuration's stop strings, from `stopping.stop_table`.
     """
-    if config.stop_strings and stop_table is None:
-        raise InputError("stop_strings need a tokenizer's pieces: give stop_table, or use LanguageModel.generate")
-    if row_ids is None:
-        row_ids = jnp.arange(batch["encoder_input_tokens" if model.config.num_encoder_layers else _PROMPT].shape[0])
-    # The seed is no part of what is compiled.
-    decoder = Decoder(model, dataclasses.replace(config, seed=0), vocab_size)
-    return _generate(decoder, params, batch, jnp.uint32(config.seed), row_ids, stop_table)
+    decoder = Decoder(model, config, vocab_size).without_seed()
+    return _generate(decoder, params, batch, *arguments(model, batch, config, row_ids, stop_table))
 
 
-_PROMPT = "decoder_input_tokens"
-
-
-@partial(jax.jit, static_argnums=0)
-def _generate(decoder: Decoder, params: Any, batch: Batch, *rest: Any) -> Generated:
-    params = decoder.model.unstacked(params)
-    progress = decoder.begin(params, batch, *rest)
-    return decoder.finish(decoder.advance(params, progress, decoder.config.max_new_tokens))
+_generate = jax.jit(Decoder.generate, static_argnums=0)
 
 
 def _history(progress: Progress, read: bool) -> History:
@@ -292,12 +290,31 @@ def _history(progress: Progress, read: bool) -> History:
     return History(tokens=tokens, lengths=lengths + progress.step, step=progress.step)
 
 
-def _check_positions(model: TransformerConfig, batch: Batch, length: int, config: GenerationConfig) -> None:
+def arguments(
+    model: Transformer,
+    batch: Batch,
+    config: GenerationConfig,
+    row_ids: jax.Array | None,
+    stop_table: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns the last arguments of `Decoder.begin`, from those of `generate`: seed, row ids and stop table."""
+    if config.stop_strings and stop_table is None:
+        raise InputError("stop_strings need a tokenizer's pieces: give stop_table, or use LanguageModel.generate")
+    if row_ids is None:
+        source = "encoder_input_tokens" if model.config.num_encoder_layers else "decoder_input_tokens"
+        row_ids = jnp.arange(batch[source].shape[0])
+    return jnp.uint32(config.seed), row_ids, stop_table
+
+
+def check_positions(
+    model: TransformerConfig, batch: Batch, length: int, config: GenerationConfig, name: str = "the model"
+) -> None:
+    """Raises InputError where a prompt of `length` and what follows it take more positions than the model has."""
     # Where there may be padding only whoever has the numbers knows how long the prompts are.
     padded = model.pad_id is not None or "decoder_segment_ids" in batch
     ends = length + config.max_new_tokens - 1
     if model.positions == "learned" and ends > model.max_positions and not padded:
         raise InputError(
-            f"a prompt of {length} tokens and max_new_tokens {config.max_new_tokens} take {ends} positions, but the"
-            f" model has {model.max_positions}"
+            f"a prompt of {length} tokens and max_new_tokens {config.max_new_tokens} take {ends} positions, but"
+            f" {name} has {model.max_positions}"
         )

@@ -1,6 +1,6 @@
 """Sequences that do not compete: greedy decoding and sampling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,8 @@ class Sequences:
         gained = chosen - jax.nn.logsumexp(logits, axis=-1)
         tokens = jnp.where(state.finished, self.fill_id, tokens)
         matched, ended = state.stopping.advance(state.matched, tokens)
-        state = state.replace(
+        state = replace(
+            state,
             tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, tokens, step, axis=2),
             lengths=state.lengths + ~state.finished,
             scores=state.scores + jnp.where(state.finished, 0.0, gained),
