@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from t5x_lite.decoding.generate import GenerationConfig
+    from t5x_lite.decoding.generation_config import GenerationConfig
     from t5x_lite.errors import InputError
     from t5x_lite.language_model import LanguageModel, load
 
@@ -14,7 +14,7 @@ __all__ = ["GenerationConfig", "InputError", "LanguageModel", "__version__", "lo
 
 # Looked up when first used: `t5x-lite config show` or a wrong column name should not wait for JAX to be imported.
 _HOMES = {
-    "GenerationConfig": "decoding.generate",
+    "GenerationConfig": "decoding.generation_config",
     "InputError": "errors",
     "LanguageModel": "language_model",
     "load": "language_model",

@@ -1,7 +1,8 @@
 """The friendly face: a model, its parameters and its tokenizer in one object."""
 
+import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ from t5x_lite import config as configuration
 from t5x_lite import sharding
 from t5x_lite.data.pipeline import decoder_batch, encoder_decoder_batch
 from t5x_lite.data.tokenizers import Tokenizer, find_tokenizer
-from t5x_lite.decoding.generate import Generated, GenerationConfig, generate
+from t5x_lite.decoding.buckets import bucket, length_bucket, padded
+from t5x_lite.decoding.generate import Decoder, Generated
+from t5x_lite.decoding.generation_config import GenerationConfig
+from t5x_lite.decoding.stopping import stop_table
 from t5x_lite.errors import InputError
 from t5x_lite.interop import checkpoints
 from t5x_lite.models.config import TransformerConfig
@@ -35,15 +39,30 @@ class Scores(NamedTuple):
     num_tokens: np.ndarray
 
 
+class Answer(NamedTuple):
+    """One generated text.
+
+    Attributes:
+      text: decoded, without special tokens.
+      score: see `decoding.generate.Generated`, in nats.
+      num_tokens: how many tokens were generated, EOS included.
+    """
+
+    text: str
+    score: float
+    num_tokens: int
+
+
 class LanguageModel:
     """A model that takes and gives text.
 
     Attributes:
       model: the Flax module.
-      params: its parameters, a nested dict of arrays on `mesh`.
       tokenizer: None if the checkpoint had none; then only `generate_tokens` works.
       mesh: where it computes.
       checkpoint: what it was loaded from, if it was.
+      generation: the checkpoint's own settings of `GenerationConfig`.
+      compilations: programs that were compiled to generate: one for each configuration and bucket of shapes.
     """
 
     def __init__(
@@ -53,66 +72,152 @@ class LanguageModel:
         tokenizer: Tokenizer | None,
         mesh: Mesh,
         checkpoint: Path | None = None,
+        generation: Mapping[str, Any] | None = None,
     ):
         self.model = model
         self.params = params
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.checkpoint = checkpoint
+        self.generation = dict(generation or {})
+        self.compilations = 0
+        self._stop_tables: dict[str | tuple[str, ...], np.ndarray] = {}
+        self._generate = self._counting(Decoder.generate)
+        self._begin = self._counting(Decoder.begin)
+        self._advance = self._counting(Decoder.advance, donate_argnums=2)
+
+    @property
+    def params(self) -> Any:
+        """The parameters, a nested dict of arrays on `mesh`."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._params = params
+        self._unstacked = None
 
     @property
     def config(self) -> TransformerConfig:
         """The shape of the model."""
         return self.model.config
 
-    def generate(self, texts: Sequence[str], *, batch_size: int = 32, **settings: Any) -> list[str]:
-        """Returns the greedy answer to each text, or where the model is a decoder alone its continuation.
+    def generation_config(self, **settings: Any) -> GenerationConfig:
+        """Returns how the model generates: its checkpoint's own settings, and over them fields of `GenerationConfig`.
+
+        Raises:
+          InputError: an unknown field, a value that is not allowed, or two that contradict each other.
+        """
+        return GenerationConfig.from_settings(settings, self.generation)
+
+    def generate(
+        self, texts: Sequence[str], *, batch_size: int = 32, draft: "LanguageModel | None" = None, **settings: Any
+    ) -> list[str]:
+        """Returns an answer to each text, or where the model is a decoder alone its continuation.
 
         Args:
           texts: inputs; their number and lengths are padded up to powers of two, so that few shapes are compiled.
           batch_size: texts that are decoded together.
-          **settings: fields of `GenerationConfig`, such as `max_new_tokens=64`.
-        """
-        if isinstance(texts, str):
-            raise InputError(f"generate takes a list of texts: [{texts[:40]!r}], not {texts[:40]!r}")
-        tokenizer = self.require_tokenizer()
-        config = GenerationConfig(**settings)
-        out: list[str] = []
-        for start in range(0, len(texts), batch_size):
-            part = texts[start : start + batch_size]
-            if self.config.num_encoder_layers:
-                batch = self._encoder_batch([self._framed(text) for text in part])
-            else:
-                prompts = [self._prompt(text) for text in part]
-                batch = self._decoder_batch([(prompt, []) for prompt in prompts])
-                batch = {key: batch[key] for key in ("decoder_input_tokens", "decoder_segment_ids")}
-            tokens = np.asarray(self.generate_tokens(batch, config).tokens)
-            out += [tokenizer.decode(row.tolist()) for row in tokens[: len(part)]]
-        return out
+          draft: a smaller model of the same vocabulary, whose proposals this one checks: the same answers, sooner.
+          **settings: fields of `GenerationConfig`, such as `max_new_tokens=64`, over the checkpoint's own. With
+            `num_return_sequences` there are that many answers to a text, one after the other.
 
-    def generate_tokens(self, batch: Batch, config: GenerationConfig | None = None) -> Generated:
-        """Returns tokens `[B, N]`, lengths and scores for a batch of token ids; see `decoding.generate`.
+        Raises:
+          InputError: a setting that is not allowed, or a text that is too long or, where it is the prompt, empty.
+        """
+        answers = self.generate_scored(texts, batch_size=batch_size, draft=draft, **settings)
+        return [answer.text for several in answers for answer in several]
+
+    def generate_scored(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = 32,
+        row_ids: Sequence[int] | None = None,
+        draft: "LanguageModel | None" = None,
+        **settings: Any,
+    ) -> list[list[Answer]]:
+        """Returns the answers to each text with their scores.
+
+        Args:
+          texts: as `generate`.
+          batch_size: as `generate`.
+          row_ids: a number for each text, by default 0, 1, ...: what is sampled for it depends on the seed and on this
+            number, not on the texts beside it.
+          draft: as `generate`.
+          **settings: as `generate`.
+        """
+        _check_texts("generate", texts)
+        tokenizer = self.require_tokenizer()
+        config = self.generation_config(**settings)
+        inputs = [self._input(text, config) for text in texts]
+        numbers = np.asarray(range(len(texts)) if row_ids is None else row_ids)
+        # Texts of like length are decoded together.
+        order = sorted(range(len(texts)), key=lambda index: len(inputs[index]))
+        answers: list[list[Answer]] = [[] for _ in texts]
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = self._input_batch([inputs[index] for index in part])
+            out = jax.device_get(self.generate_tokens(batch, config, row_ids=numbers[part], draft=draft))
+            several = config.num_return_sequences
+            for row, (tokens, length, score) in enumerate(zip(out.tokens, out.lengths, out.scores, strict=True)):
+                text = tokenizer.decode(tokens[:length].tolist())
+                answers[part[row // several]].append(Answer(text, float(score), int(length)))
+        return answers
+
+    def generate_tokens(
+        self,
+        batch: Batch,
+        config: GenerationConfig | None = None,
+        *,
+        row_ids: Any = None,
+        draft: "LanguageModel | None" = None,
+    ) -> Generated:
+        """Returns tokens `[B * num_return_sequences, N]`, lengths and scores for a batch of token ids.
+
+        Args:
+          batch: see `decoding.generate`; it is padded to the shape of its bucket.
+          config: by default the checkpoint's own.
+          row_ids: int32 `[B]`, see `decoding.generate`.
+          draft: as `generate`.
 
         Raises:
           InputError: an encoder alone, prompts that are not padded on the right, or an input or a prompt with new
             tokens that take more positions than the model has.
         """
-        config = config or GenerationConfig()
-        self._check_generates()
-        vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
-        start = np.full((1, 1), self.config.decoder_start_id, np.int32)  # of a side that is not there
-        given = {"encoder_input_tokens": start, "decoder_input_tokens": start, **batch}
-        self._check_ids(*(given[f"{side}_input_tokens"] for side in ("encoder", "decoder")))
-        sources = np.asarray(encoder_segments(given, self.config.pad_id))
-        prompts = np.asarray(decoder_segments(given, self.config.pad_id))
-        if np.any(prompts[:, 1:] > prompts[:, :-1]):
-            raise InputError("decoder_segment_ids rise within a row; prompts are padded on the right, with 0")
-        source, prompt = (int(np.max(np.sum(segments > 0, axis=1))) for segments in (sources, prompts))
-        self._check_length(source, f"the {source} tokens of an input")
-        # The last token is not read again.
-        self._check_length(prompt + config.max_new_tokens - 1, f"max_new_tokens {config.max_new_tokens} and the prompt")
+        config = config or self.generation_config()
+        self._check_batch(batch, config)
+        rows = len(next(iter(batch.values())))
+        batch, row_ids = self._padded(batch, row_ids)
+        table = self._stop_table(config)
         with jax.set_mesh(self.mesh):
-            return generate(self.model, self.params, dict(batch), config, vocab_size=vocab_size)
+            if draft is None:
+                out = self._generate(*self._decoding(config), batch, jnp.uint32(config.seed), row_ids, table)
+            else:
+                out = self._generate_with(draft, batch, config, row_ids, table)
+        return jax.tree.map(lambda x: x[: rows * config.num_return_sequences], out)
+
+    def stream(self, text: str, *, tokens_at_once: int = 4, **settings: Any) -> Iterator[str]:
+        """Yields the answer to one text piece by piece, as it is generated; together they are what `generate` returns.
+
+        Args:
+          text: the input.
+          tokens_at_once: tokens after which a piece is yielded.
+          **settings: as `generate`; neither beams, whose past may still change, nor several sequences.
+
+        Raises:
+          InputError: as `generate`.
+        """
+        config = self.generation_config(**settings)
+        for name in ("num_beams", "num_return_sequences"):
+            if getattr(config, name) > 1:
+                raise InputError(f"{name} {getattr(config, name)} cannot be streamed, only a single sequence can")
+        if tokens_at_once < 1:
+            raise InputError(f"tokens_at_once must be at least 1, not {tokens_at_once}")
+        return self._pieces(self._input_batch([self._input(text, config)]), config, tokens_at_once)
+
+    def check_input(self, text: str, **settings: Any) -> None:
+        """Raises the InputError with which `generate` would refuse this text, if it would."""
+        self._input(text, self.generation_config(**settings))
 
     def score(self, inputs: Sequence[str], targets: Sequence[str], *, batch_size: int = 32) -> Scores:
         """Returns the log-likelihood of each target given its input.
@@ -151,8 +256,7 @@ class LanguageModel:
 
         They are those of the encoder; where there is none, of the decoder.
         """
-        if isinstance(texts, str):
-            raise InputError(f"embed takes a list of texts: [{texts[:40]!r}], not {texts[:40]!r}")
+        _check_texts("embed", texts)
         out: list[np.ndarray] = []
         for start in range(0, len(texts), batch_size):
             part = [self._framed(text) for text in texts[start : start + batch_size]]
@@ -175,10 +279,63 @@ class LanguageModel:
             raise InputError("this checkpoint has no tokenizer; use generate_tokens with token ids")
         return self.tokenizer
 
+    def _counting(self, function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+        def traced(*args: Any) -> Any:
+            self.compilations += 1  # this runs when JAX traces, which it does once for every program
+            return function(*args)
+
+        return jax.jit(traced, static_argnums=0, **kwargs)
+
+    def _decoding(self, config: GenerationConfig) -> tuple[Decoder, Any]:
+        if self._unstacked is None:
+            self._unstacked = self.model.unstacked(self.params)
+        vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
+        return Decoder(self.model, config, vocab_size).without_seed(), self._unstacked
+
+    def _stop_table(self, config: GenerationConfig) -> np.ndarray | None:
+        texts = config.stop_strings
+        if texts and texts not in self._stop_tables:
+            self._stop_tables[texts] = stop_table(texts, self.require_tokenizer().token_bytes())
+        return self._stop_tables.get(texts)
+
+    def _pieces(self, batch: Batch, config: GenerationConfig, tokens_at_once: int) -> Iterator[str]:
+        self._check_batch(batch, config)
+        tokenizer, given = self.require_tokenizer(), ""
+        batch, row_ids = self._padded(batch, None)
+        decoder, params = self._decoding(config)
+        with jax.set_mesh(self.mesh):
+            rest = jnp.uint32(config.seed), row_ids, self._stop_table(config)
+            progress = self._begin(decoder, params, batch, *rest)
+        until, finished = 0, False
+        while not finished:
+            until = min(until + tokens_at_once, config.max_new_tokens)
+            with jax.set_mesh(self.mesh):
+                progress = self._advance(decoder, params, progress, until)
+            tokens, length = (np.asarray(x)[0, 0] for x in (progress.search.tokens, progress.search.lengths))
+            finished = until == config.max_new_tokens or bool(progress.search.finished[0, 0])
+            text = tokenizer.decode(tokens[:length].tolist())
+            # Of a character whose bytes are not all there yet, the rest comes with the next tokens.
+            sure = text if finished else text.rstrip("\N{REPLACEMENT CHARACTER}")
+            if sure.startswith(given) and len(sure) > len(given):
+                yield sure[len(given) :]
+                given = sure
+
     def _framed(self, text: str, is_target: bool = False) -> list[int]:
         tokenizer = self.require_tokenizer()
         prefix, suffix = tokenizer.target_affixes if is_target else (tokenizer.prefix_ids, tokenizer.suffix_ids)
         return [*prefix, *tokenizer.encode(text), *suffix]
+
+    def _input(self, text: str, config: GenerationConfig) -> list[int]:
+        tokens = self._framed(text) if self.config.num_encoder_layers else self._prompt(text)
+        self._check_batch(self._input_batch([tokens]), config)
+        return tokens
+
+    def _input_batch(self, inputs: Sequence[list[int]]) -> dict[str, np.ndarray]:
+        side = "encoder" if self.config.num_encoder_layers else "decoder"
+        longest = max(len(tokens) for tokens in inputs)
+        tokens = [[*tokens, *[self.config.fill_id] * (longest - len(tokens))] for tokens in inputs]
+        segments = [[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in inputs]
+        return {f"{side}_input_tokens": np.array(tokens, np.int32), f"{side}_segment_ids": np.array(segments, np.int32)}
 
     def _prompt(self, text: str, or_start: bool = False) -> list[int]:
         tokenizer = self.require_tokenizer()
@@ -187,11 +344,33 @@ class LanguageModel:
             raise InputError("an empty text is no prompt for this model: its texts begin with no special token")
         return prompt or [self.config.decoder_start_id]
 
+    def _padded(self, batch: Batch, row_ids: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        batch = padded(batch, self.config, sharding.axis_size(self.mesh, sharding.RULES["batch"]))
+        rows = len(next(iter(batch.values())))
+        numbers = np.arange(rows) if row_ids is None else np.asarray(row_ids)
+        return batch, np.pad(numbers, (0, rows - len(numbers)), mode="edge").astype(np.int32)
+
+    def _check_batch(self, batch: Batch, config: GenerationConfig) -> None:
+        self._check_generates()
+        start = np.full((1, 1), self.config.decoder_start_id, np.int32)  # of a side that is not there
+        given = {"encoder_input_tokens": start, "decoder_input_tokens": start, **batch}
+        self._check_ids(*(given[f"{side}_input_tokens"] for side in ("encoder", "decoder")))
+        sources = np.asarray(encoder_segments(given, self.config.pad_id))
+        prompts = np.asarray(decoder_segments(given, self.config.pad_id))
+        if np.any(prompts[:, 1:] > prompts[:, :-1]):
+            raise InputError("decoder_segment_ids rise within a row; prompts are padded on the right, with 0")
+        source, prompt = (int(np.max(np.sum(segments > 0, axis=1))) for segments in (sources, prompts))
+        self._check_length(source, f"the {source} tokens of an input")
+        # The last token is not read again.
+        self._check_length(prompt + config.max_new_tokens - 1, f"max_new_tokens {config.max_new_tokens} and the prompt")
+
     def _check_ids(self, *tokens: Any) -> None:
         for ids in tokens:
-            highest = int(np.max(ids, initial=0))
-            if highest >= self.config.vocab_size:
-                raise InputError(f"token id {highest}: the model has embeddings for {self.config.vocab_size}")
+            for extreme in (int(np.max(ids, initial=0)), int(np.min(ids, initial=0))):
+                if not 0 <= extreme < self.config.vocab_size:
+                    raise InputError(
+                        f"token id {extreme}: the model has embeddings for {self.config.vocab_size}, from 0"
+                    )
 
     def _check_generates(self) -> None:
         if not self.config.num_decoder_layers:
@@ -206,8 +385,7 @@ class LanguageModel:
         self._check_ids(*sequences)
         longest = max(len(sequence) for sequence in sequences)
         self._check_length(longest, f"the {longest} tokens of a text")
-        bucket = _bucket(longest, 16)
-        return min(bucket, self.config.max_positions) if self.config.positions == "learned" else bucket
+        return length_bucket(longest, self.config)
 
     def _pairs_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, np.ndarray]:
         return encoder_decoder_batch(
@@ -232,7 +410,7 @@ class LanguageModel:
         )
 
     def _rows(self, examples: Sequence[Any]) -> int:
-        return _bucket(len(examples), sharding.axis_size(self.mesh, sharding.RULES["batch"]))
+        return bucket(len(examples), sharding.axis_size(self.mesh, sharding.RULES["batch"]))
 
 
 def load(
@@ -284,19 +462,27 @@ def load(
         except InputError as error:  # the weights are of use without it
             warnings.warn(f"{path} has a tokenizer that cannot be read, so texts cannot: {error}", stacklevel=2)
             tokenizer = None
-        return LanguageModel(model, params, tokenizer, mesh)
+        return LanguageModel(model, params, tokenizer, mesh, generation=_generation(path, config))
     params, checkpoint, notes = load_params(path, abstract)
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    return LanguageModel(model, params, find_tokenizer(run / "tokenizer"), mesh, checkpoint)
+    return LanguageModel(model, params, find_tokenizer(run / "tokenizer"), mesh, checkpoint, _generation(run, config))
 
 
-def _bucket(size: int, multiple: int) -> int:
-    # Powers of two times `multiple`: at most log2 many different shapes are ever compiled.
-    bucket = multiple
-    while bucket < size:
-        bucket *= 2
-    return bucket
+def _generation(directory: str | Path, config: TransformerConfig) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(GenerationConfig)]
+    settings = checkpoints.read_generation(directory, config, known)
+    try:
+        GenerationConfig.from_settings({}, settings)
+    except InputError as error:  # the weights are of use without them
+        warnings.warn(f"the generation settings of {directory} are left out: {error}", stacklevel=3)
+        return {}
+    return settings
+
+
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise InputError(f"{name} takes a list of texts: [{texts[:40]!r}], not {texts[:40]!r}")
 
 
 @jax.jit(static_argnums=0)

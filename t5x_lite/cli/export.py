@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
 
     directory = huggingface.new_directory(args.directory)
     lm = load(args.run, dtype=args.dtype)
-    huggingface.save(lm.params, lm.config, directory)
+    huggingface.save(lm.params, lm.config, directory, lm.generation)
     if lm.tokenizer:
         lm.tokenizer.save(directory)
     files = sorted(path.name for path in directory.iterdir())

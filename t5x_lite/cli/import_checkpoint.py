@@ -1,6 +1,7 @@
 """`t5x-lite import`: a published checkpoint becomes a run directory."""
 
 import argparse
+import json
 from pathlib import Path
 
 from t5x_lite.config import RunConfig, resolve, save
@@ -62,6 +63,8 @@ def _import(args: argparse.Namespace, out: Path) -> int:
     save_params(out / "checkpoints" / "0", lm.params)
     if lm.tokenizer:
         lm.tokenizer.save(out / "tokenizer")
+    if lm.generation:
+        (out / "generation_config.json").write_text(json.dumps(lm.generation, indent=1))
     # Last: it is what makes the directory a run.
     save(RunConfig(model=model, fit_vocabulary=False, out=str(out)), out / "config.yaml")
     count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))

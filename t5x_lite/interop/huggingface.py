@@ -79,13 +79,16 @@ def load_params(
     return jax.tree.unflatten(tree, read)
 
 
-def save(params: Any, config: TransformerConfig, directory: str | Path) -> None:
+def save(
+    params: Any, config: TransformerConfig, directory: str | Path, generation: Mapping[str, Any] | None = None
+) -> None:
     """Writes `config.json`, `generation_config.json` and `model.safetensors`, which transformers loads.
 
     Args:
       params: our parameters, NumPy or JAX arrays on this host.
       config: of the model.
       directory: created if it is missing; must not hold a model yet.
+      generation: settings for `generation_config.json`, beside the token ids.
 
     Raises:
       InputError: the family's class in transformers cannot do what the model does, or the directory is taken.
@@ -96,14 +99,14 @@ def save(params: Any, config: TransformerConfig, directory: str | Path) -> None:
     table = module_for(config).weights(config)
     dtype = {leaf.dtype.name for leaf in arrays.values()}
     write_safetensors(directory / "model.safetensors", _stored_tensors(arrays, table))
-    generation = {
+    ids = {
         name: settings[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
                      "forced_eos_token_id")
         if settings.get(name) is not None
     }  # fmt: skip
     if config.num_decoder_layers:
-        _write_json(directory / "generation_config.json", generation)
+        _write_json(directory / "generation_config.json", {**(generation or {}), **ids})
     # Last: its presence is what makes the directory a model.
     _write_json(directory / "config.json", {**settings, "torch_dtype": dtype.pop() if len(dtype) == 1 else "float32"})
 
@@ -264,9 +267,9 @@ _GENERATION = ("decoder_start_token_id", "eos_token_id", "forced_bos_token_id", 
 
 def _settings(directory: Path) -> dict[str, Any]:
     """Returns `config.json` with its model type, and what `generation_config.json` has of the token ids."""
-    settings = _read_json(directory / "config.json")
+    settings = read_json(directory / "config.json")
     if (directory / "generation_config.json").is_file():
-        generation = _read_json(directory / "generation_config.json")
+        generation = read_json(directory / "generation_config.json")
         settings |= {name: generation[name] for name in _GENERATION if generation.get(name) is not None}
     return {**settings, "model_type": _model_type(settings, directory)}
 
@@ -346,7 +349,8 @@ def _path(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; raises InputError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -217,7 +217,9 @@ class Stack(nn.Module):
             turn = rotation(context.positions, cfg.stack_head_dim(self.is_decoder), cfg.rotary_base, cfg.rotary_scaling)
             context = dataclasses.replace(context, rotation=turn)
         if cfg.positions == "relative" and not cfg.relative_bias_per_layer:
-            bias = relative_bias(cfg, self.is_decoder)(*_bias_places(x, cache and cache[0], context.mask))
+            bias = relative_bias(cfg, self.is_decoder)(
+                *_bias_places(x, None if cache is None else cache[0], context.mask)
+            )
             context = dataclasses.replace(context, bias=bias)
         if cache is None:
             x = self._scan(x, context, enable_dropout)

@@ -307,7 +307,7 @@ class Transformer(nn.Module):
         """
         layers = params["decoder"]["layers"]
         if not isinstance(layers, tuple):
-            layers = tuple(layer_params(layers, index) for index in range(self.config.num_decoder_layers))
+            layers = _split_layers(layers, self.config.num_decoder_layers)
         return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
     @nn.nowrap
@@ -332,6 +332,11 @@ class Transformer(nn.Module):
     def param_shapes(self) -> Any:
         """Returns the tree of parameters as `jax.ShapeDtypeStruct`s; nothing is allocated."""
         return jax.eval_shape(self.init_params, jax.random.key(0))
+
+
+@jax.jit(static_argnums=1)
+def _split_layers(layers: Any, number: int) -> tuple[Any, ...]:
+    return tuple(layer_params(layers, index) for index in range(number))
 
 
 def encoder_segments(batch: Batch, pad_id: int | None) -> jax.Array:
