@@ -18,10 +18,12 @@ from t5x_lite.data.tokenizers import Tokenizer, find_tokenizer
 from t5x_lite.decoding.buckets import bucket, length_bucket, padded
 from t5x_lite.decoding.generate import Decoder, Generated
 from t5x_lite.decoding.generation_config import GenerationConfig
+from t5x_lite.decoding.speculative import Speculator
 from t5x_lite.decoding.stopping import stop_table
 from t5x_lite.errors import InputError
 from t5x_lite.interop import checkpoints
 from t5x_lite.models.config import TransformerConfig
+from t5x_lite.models.quantization import quantize, quantized_axes
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Batch, Transformer, decoder_segments, encoder_segments
 from t5x_lite.training.checkpoints import load_params
@@ -85,6 +87,7 @@ class LanguageModel:
         self._generate = self._counting(Decoder.generate)
         self._begin = self._counting(Decoder.begin)
         self._advance = self._counting(Decoder.advance, donate_argnums=2)
+        self._speculate = self._counting(Speculator.generate)
 
     @property
     def params(self) -> Any:
@@ -189,11 +192,14 @@ class LanguageModel:
         rows = len(next(iter(batch.values())))
         batch, row_ids = self._padded(batch, row_ids)
         table = self._stop_table(config)
+        decoder, params = self._decoding(config)
+        rest = batch, jnp.uint32(config.seed), row_ids, table
         with jax.set_mesh(self.mesh):
             if draft is None:
-                out = self._generate(*self._decoding(config), batch, jnp.uint32(config.seed), row_ids, table)
+                out = self._generate(decoder, params, *rest)
             else:
-                out = self._generate_with(draft, batch, config, row_ids, table)
+                speculator = self._speculator(decoder, draft)
+                out, _ = self._speculate(speculator, params, draft._decoding(config)[1], *rest)
         return jax.tree.map(lambda x: x[: rows * config.num_return_sequences], out)
 
     def stream(self, text: str, *, tokens_at_once: int = 4, **settings: Any) -> Iterator[str]:
@@ -291,6 +297,13 @@ class LanguageModel:
             self._unstacked = self.model.unstacked(self.params)
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
         return Decoder(self.model, config, vocab_size).without_seed(), self._unstacked
+
+    def _speculator(self, decoder: Decoder, draft: "LanguageModel") -> Speculator:
+        if draft.mesh != self.mesh:
+            raise InputError(
+                f"the draft model is on mesh {sharding.describe(draft.mesh)}, the model on {sharding.describe(self.mesh)}"
+            )
+        return Speculator(decoder, draft.model)
 
     def _stop_table(self, config: GenerationConfig) -> np.ndarray | None:
         texts = config.stop_strings
@@ -418,6 +431,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | str | None = None,
     *,
+    quantization: str | None = None,
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
     config: TransformerConfig | None = None,
@@ -429,6 +443,7 @@ def load(
         safetensors or `pytorch_model.bin`; or a T5X or Mesh TensorFlow checkpoint of the T5 family.
       dtype: of computation and parameters, float32 or bfloat16.
       mesh: a mesh or its description, such as `model:8`; by default one device.
+      quantization: int8 makes the large matrices int8 once they are loaded, see `models.quantization`.
       allow_missing: patterns such as `classifier/*` of parameters that a Hugging Face file may lack; they are drawn
         afresh.
       allow_unused: patterns such as `cls.*` of a Hugging Face file's tensors that the model may leave unread.
@@ -440,6 +455,8 @@ def load(
       InputError: nothing there that can be loaded.
       CheckpointMismatch: a published model whose tensors are not exactly the model's parameters.
     """
+    if quantization not in (None, "int8"):
+        raise InputError(f"quantization must be int8 or None, not {quantization!r}")
     run = configuration.run_directory(path)
     ours = (run / "config.yaml").exists()
     if not ours and not checkpoints.is_foreign(path):
@@ -462,11 +479,25 @@ def load(
         except InputError as error:  # the weights are of use without it
             warnings.warn(f"{path} has a tokenizer that cannot be read, so texts cannot: {error}", stacklevel=2)
             tokenizer = None
-        return LanguageModel(model, params, tokenizer, mesh, generation=_generation(path, config))
-    params, checkpoint, notes = load_params(path, abstract)
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
-    return LanguageModel(model, params, find_tokenizer(run / "tokenizer"), mesh, checkpoint, _generation(run, config))
+        checkpoint = None
+    else:
+        params, checkpoint, notes = load_params(path, abstract)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        tokenizer = find_tokenizer(run / "tokenizer")
+    if quantization:
+        params = _quantized(model, params, mesh)
+    generation = _generation(run if ours else path, config)
+    return LanguageModel(model, params, tokenizer, mesh, checkpoint, generation)
+
+
+def _quantized(model: Transformer, params: Any, mesh: Mesh) -> Any:
+    def run(params: Any) -> Any:
+        return quantize(params, model.config)
+
+    axes = quantized_axes(model.logical_axes(), model.config)
+    layouts = sharding.tree_shardings(mesh, axes, jax.eval_shape(run, params))
+    return jax.jit(run, out_shardings=layouts)(params)
 
 
 def _generation(directory: str | Path, config: TransformerConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The friendly face of a trained run."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +88,142 @@ def test_errors(lm: LanguageModel, tmp_path: Path) -> None:
     bare = LanguageModel(lm.model, lm.params, None, lm.mesh)
     with pytest.raises(InputError, match="no tokenizer"):
         bare.generate(["a"])
+
+
+# --- generation: settings, buckets, pieces --------------------------------------------------------------------------
+
+
+def with_defaults(lm: LanguageModel, **generation: Any) -> LanguageModel:
+    """The same model, published with these settings."""
+    return LanguageModel(lm.model, lm.params, lm.tokenizer, lm.mesh, generation=generation)
+
+
+def test_compiles_once_for_each_bucket(lm: LanguageModel) -> None:
+    fresh = with_defaults(lm)
+    vocabulary = lm.require_tokenizer()
+    short, long = "the cat", "the letters in winter " * 4
+    lengths = [len(vocabulary.encode(text)) + 1 for text in (short, long)]
+    assert lengths[0] <= 16 < 64 < lengths[1] <= 128
+    for texts in ([short], [short[:3]], [short] * 3, [short[:5]] * 4, [long] * 3, [short, long, short], [short] * 2):
+        fresh.generate(texts, max_new_tokens=4)
+    # (1, 16), (4, 16), (4, 128), (2, 16); a seed and a caller's own arrays of any such shape compile nothing.
+    assert fresh.compilations == 4
+    fresh.generate_tokens({"encoder_input_tokens": np.full((3, 11), 7)}, t5x_lite.GenerationConfig(max_new_tokens=4))
+    fresh.generate([short], max_new_tokens=4, seed=5)
+    assert fresh.compilations == 4
+    fresh.generate([short], max_new_tokens=5)
+    assert fresh.compilations == 5
+
+
+def test_the_checkpoint_s_own_settings_are_defaults(lm: LanguageModel) -> None:
+    beams = with_defaults(lm, num_beams=3, length_penalty=2.0, max_new_tokens=8)
+    assert beams.generate(TEXTS) == lm.generate(TEXTS, num_beams=3, length_penalty=2.0, max_new_tokens=8)
+    assert beams.generate(TEXTS, num_beams=1) == lm.generate(TEXTS, max_new_tokens=8)
+    batch = {"encoder_input_tokens": np.full((2, 5), 7, np.int32)}
+    wanted = lm.generate_tokens(batch, beams.generation_config())
+    np.testing.assert_array_equal(beams.generate_tokens(batch).tokens, wanted.tokens)
+
+
+def test_new_parameters_take_effect(lm: LanguageModel) -> None:
+    other = with_defaults(lm)
+    before = other.generate(TEXTS, max_new_tokens=8)
+    other.params = jax.tree.map(lambda x: x[..., ::-1], lm.params)
+    assert other.generate(TEXTS, max_new_tokens=8) != before
+
+
+def test_samples_depend_on_the_seed_and_the_number_of_the_text_alone(lm: LanguageModel) -> None:
+    settings = {"max_new_tokens": 6, "do_sample": True, "temperature": 1.5}
+    together = lm.generate_scored(TEXTS, **settings)
+    apart = [lm.generate_scored([text], row_ids=[n], **settings)[0] for n, text in enumerate(TEXTS)]
+    assert [a[0].text for a in together] == [a[0].text for a in apart]
+    # Float32 sums over a batch of another shape.
+    np.testing.assert_allclose([a[0].score for a in together], [a[0].score for a in apart], atol=1e-4)
+    assert lm.generate(TEXTS, batch_size=1, **settings) == lm.generate(TEXTS, **settings)
+    assert lm.generate(TEXTS, seed=1, **settings) != lm.generate(TEXTS, **settings)
+    same = lm.generate([TEXTS[0]] * 3, **settings)
+    assert len(set(same)) == 3  # whoever asks for one text three times wants three answers
+
+
+def test_several_answers_to_each_text(lm: LanguageModel) -> None:
+    several = lm.generate_scored(TEXTS, max_new_tokens=6, num_beams=4, num_return_sequences=3)
+    assert [len(answers) for answers in several] == [3, 3, 3]
+    flat = lm.generate(TEXTS, max_new_tokens=6, num_beams=4, num_return_sequences=3)
+    assert flat == [answer.text for answers in several for answer in answers]
+    best = lm.generate_scored(TEXTS, max_new_tokens=6, num_beams=4)
+    for answers, (one,) in zip(several, best, strict=True):
+        assert answers[0].text == one.text
+        assert [a.score for a in answers] == sorted((a.score for a in answers), reverse=True)
+        assert 1 <= one.num_tokens <= 6
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 3, 100])
+def test_streamed_pieces_are_the_answer(lm: LanguageModel, tokens_at_once: int) -> None:
+    for text in TEXTS:
+        pieces = list(lm.stream(text, max_new_tokens=9, tokens_at_once=tokens_at_once))
+        assert "".join(pieces) == lm.generate([text], max_new_tokens=9)[0]
+        assert all(pieces)
+        assert len(pieces) > 1 or tokens_at_once > 1
+    sampled = {"max_new_tokens": 6, "do_sample": True}
+    assert "".join(lm.stream(TEXTS[0], **sampled)) == lm.generate(TEXTS[:1], **sampled)[0]
+
+
+def test_a_stop_string_ends_the_answer(lm: LanguageModel) -> None:
+    whole = lm.generate(TEXTS, max_new_tokens=10)
+    # Two characters that stand in the middle of an answer, over the border of two tokens or not.
+    index, text = next((n, text) for n, text in enumerate(whole) if len(text.strip()) > 6)
+    stop = text[3:5]
+    stopped = lm.generate(TEXTS, max_new_tokens=10, stop_strings=[stop])
+    assert stop in stopped[index]
+    assert len(stopped[index]) < len(text)
+    assert all(full.startswith(short) for short, full in zip(stopped, whole, strict=True))
+
+
+def test_what_cannot_be_generated_is_said_in_one_line(lm: LanguageModel) -> None:
+    for settings, message in (
+        ({"num_beams": 0}, "num_beams must be at least 1, not 0"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature must be above 0"),
+        ({"temperature": 0.5}, "temperature 0.5 needs do_sample=True"),
+        ({"num_beams": 4, "do_sample": True}, "num_beams 4 and do_sample=True exclude each other"),
+        ({"num_beam": 4}, "'num_beam' is unknown; did you mean 'num_beams'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lm.generate(TEXTS, **settings)
+    with pytest.raises(InputError, match="num_beams 2 cannot be streamed"):
+        lm.stream(TEXTS[0], num_beams=2)
+    with pytest.raises(InputError, match="tokens_at_once must be at least 1, not 0"):
+        lm.stream(TEXTS[0], tokens_at_once=0)
+    for token in (384, -1):
+        with pytest.raises(InputError, match=f"token id {token}: the model has embeddings for 384"):
+            lm.generate_tokens({"encoder_input_tokens": np.array([[5, token]])})
+    lm.check_input(TEXTS[0])
+
+
+# --- drafts and int8 ------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_changes_nothing_but_the_time(lm: LanguageModel, trained_run: Path) -> None:
+    draft = t5x_lite.load(trained_run / "checkpoints" / "4")  # the same model, eight steps earlier
+    assert lm.generate(TEXTS, max_new_tokens=8, draft=draft) == lm.generate(TEXTS, max_new_tokens=8)
+    with pytest.raises(InputError, match="num_beams 1 and num_return_sequences 1, not 2 and 1"):
+        lm.generate(TEXTS, max_new_tokens=8, draft=draft, num_beams=2)
+    elsewhere = t5x_lite.load(trained_run, mesh="model:8")
+    with pytest.raises(InputError, match=r"the draft model is on mesh .*model:8.*, the model on"):
+        lm.generate(TEXTS, draft=elsewhere)
+
+
+def test_loads_in_int8(lm: LanguageModel, trained_run: Path) -> None:
+    small = t5x_lite.load(trained_run, quantization="int8")
+    spread = t5x_lite.load(trained_run, quantization="int8", mesh="data:2,model:4")
+    kernel = small.params["decoder"]["layers"]["self_attention"]["query"]["kernel"]
+    assert kernel.dtype == jnp.int8
+    assert small.params["decoder"]["layers"]["mlp"]["down"]["kernel"].dtype == jnp.float32
+    targets = ["<extra_id_0> reads", "<extra_id_0> paints a green lamp", "<extra_id_0>"]
+    exact = lm.score(TEXTS, targets).log_likelihood
+    # A weight is off by 1/254 of the largest in its column at most; errors of many weights average out.
+    np.testing.assert_allclose(small.score(TEXTS, targets).log_likelihood, exact, rtol=0.01)
+    np.testing.assert_allclose(
+        spread.score(TEXTS, targets).log_likelihood, small.score(TEXTS, targets).log_likelihood, rtol=1e-5
+    )
+    assert len(small.generate(TEXTS, max_new_tokens=4)) == 3
+    with pytest.raises(InputError, match="quantization must be int8 or None, not 'int4'"):
+        t5x_lite.load(trained_run, quantization="int4")

@@ -9,7 +9,7 @@ from flax import struct
 
 from t5x_lite.decoding.beam_search import BeamSearch, BeamState
 from t5x_lite.decoding.generation_config import GenerationConfig
-from t5x_lite.decoding.logits import History, Processor, processors
+from t5x_lite.decoding.logits import History, Processor, process, processors
 from t5x_lite.decoding.sampling import Greedy, Sample, row_keys, warpers
 from t5x_lite.decoding.sequences import Sequences, SequencesState
 from t5x_lite.decoding.stopping import Stopping
@@ -162,7 +162,7 @@ class Decoder:
         return self._choose(started, jnp.broadcast_to(logits, (rows, number, logits.shape[-1])))
 
     def advance(self, params: Any, progress: Progress, until: jax.Array | int) -> Progress:
-        """Goes on until every sequence has ended or has `until` tokens, of which there are at most N."""
+        """Goes on until every sequence has ended or has `until` tokens, which may be N at most."""
 
         def unfinished(progress: Progress) -> jax.Array:
             return (progress.step < until) & self.search.unfinished(progress.search)  # type: ignore[arg-type]
@@ -199,14 +199,9 @@ class Decoder:
         return replace(progress, step=step + 1, tokens=tokens, search=state, ancestors=ancestors)
 
     def _process(self, progress: Progress, scores: jax.Array) -> jax.Array:
-        steps = self.processors
-        if not steps:
-            return scores
-        history = _history(progress, read=any(process.reads_history for process in steps))
-        flat = scores.reshape(-1, scores.shape[-1])
-        for process in steps:
-            flat = process(flat, history)
-        return flat.reshape(scores.shape)
+        chain = self.processors
+        history = _history(progress, read=any(processor.reads_history for processor in chain))
+        return process(chain, scores.reshape(-1, scores.shape[-1]), history).reshape(scores.shape)
 
     def _slots(self, progress: Progress, read: jax.Array) -> Slots:
         number = progress.tokens.shape[1]

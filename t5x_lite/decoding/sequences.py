@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from t5x_lite.decoding.sampling import Greedy, Sample
+from t5x_lite.decoding.sampling import Greedy, Sample, step_keys
 from t5x_lite.decoding.stopping import Stopping
 
 
@@ -74,7 +74,7 @@ class Sequences:
           step: int32 scalar, how many tokens were chosen before.
         """
         shape = state.finished.shape
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, step)
+        keys = step_keys(state.keys, step)
         tokens = self.strategy(processed.reshape(-1, processed.shape[-1]), keys).reshape(shape)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         gained = chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -1,12 +1,102 @@
 """The linear map under every other layer."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from t5x_lite.nn.parameters import Initializer, fan_in_normal, parameter
+
+_BLOCK = 128  # outputs whose int8 weights a CPU converts at a time: few enough for its cache
+
+
+@struct.dataclass
+class Quantized:
+    """A matrix in int8, which stands for `values * scale`; see `models.quantization`.
+
+    Attributes:
+      values: int8 `[in, out]`, or transposed `[out, in]`.
+      scale: float32 `[out]`.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+
+Matrix = jax.Array | Quantized
+
+
+def matrix(
+    module: nn.Module, name: str, initializer: Initializer, shape: tuple[int, int], axes: tuple[str, str]
+) -> Matrix:
+    """Returns the module's parameter of that name, with its scale if there is a `{name}_scale` beside it.
+
+    Arguments are those of `parameter`. No scale is created here: what is quantised has been trained.
+    """
+    values = parameter(module, name, initializer, shape, axes)
+    scale = module.get_variable("params", f"{name}_scale")
+    return values if scale is None else Quantized(values, scale)
+
+
+def linear(x: jax.Array, kernel: Matrix, dtype: Any, out_dtype: Any, *, transposed: bool = False) -> jax.Array:
+    """Returns `x @ kernel`.
+
+    Args:
+      x: `[..., in]`.
+      kernel: `[in, out]`.
+      dtype: of the factors.
+      out_dtype: of the result `[..., out]`.
+      transposed: whether the kernel is `[out, in]` instead.
+    """
+    x, axis = x.astype(dtype), int(transposed)
+    if isinstance(kernel, Quantized):
+        # Blocks would run across what the devices of a mesh hold.
+        on_cpu = _in_blocks if jax.sharding.get_abstract_mesh().size <= 1 else _converted
+        y = jax.lax.platform_dependent(
+            x, kernel.values, cpu=partial(on_cpu, axis=axis), default=partial(_converted, axis=axis)
+        )
+        return (y * kernel.scale).astype(out_dtype)
+    if kernel.dtype == x.dtype == jnp.bfloat16:
+        on_cpu, plain = (partial(product, axis=axis, dtype=out_dtype) for product in (_unconverted, _product))
+        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+    return _product(x, kernel.astype(dtype), axis, out_dtype)
+
+
+def _product(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    over = (((x.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, over, preferred_element_type=dtype)
+
+
+def _converted(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
+    return _product(x, values.astype(x.dtype), axis, jnp.float32)
+
+
+# In a loop that reads the same weights in every step, as decoding does, XLA's CPU compiler converts those that are not
+# float32 once for all steps, and keeps the copy. The next two give it nothing to convert ahead of the loop.
+
+
+def _in_blocks(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
+    outputs = values.shape[1 - axis]
+    block = min(_BLOCK, outputs)
+    x = x.astype(jnp.float32)
+
+    def fill(index: jax.Array, y: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * block, outputs - block)  # the last block overlaps the one before, if need be
+        part = _converted(x, jax.lax.dynamic_slice_in_dim(values, start, block, 1 - axis), axis)
+        return jax.lax.dynamic_update_slice_in_dim(y, part, start, y.ndim - 1)
+
+    return jax.lax.fori_loop(0, -(-outputs // block), fill, jnp.zeros((*x.shape[:-1], outputs), jnp.float32))
+
+
+def _unconverted(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    # XLA has a bfloat16 product for a CPU if the sum is float32 and there are two rows at least.
+    if x.size != x.shape[-1]:
+        return _product(x, kernel, axis, jnp.float32).astype(dtype)
+    rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+    return _product(rows, kernel, axis, jnp.float32)[0].astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 class Dense(nn.Module):
@@ -18,7 +108,7 @@ class Dense(nn.Module):
         one axis, so that Adafactor factors the second moment (it looks at axes of 128 and more).
       kernel_init: initializer; sees the 2-D shape.
       use_bias: whether there is a bias `[features]`, which starts at 0.
-      dtype: of the factors and the sum; parameters are stored in float32.
+      dtype: of the factors and the sum; parameters are stored in float32, or for decoding as they are given.
     """
 
     features: int
@@ -30,8 +120,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., in]` to `[..., features]`."""
-        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        x = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=self.dtype)
+        kernel = matrix(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+        x = linear(x, kernel, self.dtype, self.dtype)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             x = x + bias.astype(self.dtype)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.nn.dense import Matrix, Quantized, linear, matrix
 from t5x_lite.nn.parameters import Initializer, fan_in_normal, parameter
 from t5x_lite.sharding import constrain
 
@@ -21,14 +22,37 @@ class TokenEmbedding(nn.Module):
     def setup(self) -> None:
         """Creates the table."""
         shape = (self.vocab_size, self.embed_dim)
-        self.table = parameter(self, "table", self.table_init, shape, ("vocab", "embed"))
+        self.table = matrix(self, "table", self.table_init, shape, ("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps ids `[B, L]` to vectors `[B, L, D]`."""
         # Whole rows on every device before the look-up: the partitioner has no efficient way to split a gather along
         # both the vocabulary and the row, and would replicate the result instead.
-        table = constrain(self.table.astype(self.dtype), "vocab", "features")
-        return constrain(jnp.take(table, tokens, axis=0), "batch", "length", "features")
+        if isinstance(self.table, Quantized):
+            values = constrain(self.table.values, "vocab", "features")
+            scale = constrain(self.table.scale, "vocab")
+            rows = jnp.take(values, tokens, axis=0) * jnp.take(scale, tokens, axis=0)[..., None]
+            rows = rows.astype(self.dtype)
+        else:
+            table = constrain(self.table.astype(self.dtype), "vocab", "features")
+            if self.table.dtype == table.dtype == jnp.bfloat16:
+                rows = jax.lax.platform_dependent(table, tokens, cpu=_rows_on_cpu, default=_rows)
+            else:
+                rows = _rows(table, tokens)
+        return constrain(rows, "batch", "length", "features")
+
+
+def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take(table, tokens, axis=0)
+
+
+def _rows_on_cpu(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    # XLA's CPU compiler reads bfloat16 rows by way of float32, for which a loop gets a copy of the whole table. From a
+    # branch nothing is moved ahead of the loop.
+    def none(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.full((*tokens.shape, table.shape[1]), jnp.nan, table.dtype)
+
+    return jax.lax.cond(jnp.any(tokens < table.shape[0]), _rows, none, table, tokens)
 
 
 class SmallEmbedding(nn.Module):
@@ -70,15 +94,11 @@ class Head(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, table: Matrix) -> jax.Array:
         """Maps hidden states `[B, L, D]` to float32 logits `[B, L, V]`; `table` `[V, D]` is the embedding's."""
-        if self.tied:
-            kernel, product = table, "BLD,VD->BLV"
-        else:
-            shape = (x.shape[-1], self.vocab_size)
-            kernel, product = parameter(self, "kernel", self.kernel_init, shape, ("embed", "vocab")), "BLD,DV->BLV"
-        factors = x.astype(self.dtype), kernel.astype(self.dtype)
-        logits = jnp.einsum(product, *factors, preferred_element_type=jnp.float32)
+        shape = (x.shape[-1], self.vocab_size)
+        kernel = table if self.tied else matrix(self, "kernel", self.kernel_init, shape, ("embed", "vocab"))
+        logits = linear(x, kernel, self.dtype, jnp.float32, transposed=self.tied)
         if self.use_bias:
             logits = logits + parameter(self, "bias", nn.initializers.zeros, (self.vocab_size,), ("vocab",))
         return constrain(logits, "batch", "length", "vocab")

@@ -3,6 +3,7 @@
 What the stored searches are, and what a toy's place is, stands in `fixtures/make_t5x_beam_search.py`.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -320,16 +321,29 @@ def test_a_search_that_stops_early_has_missed_nothing(search: BeamSearch, monkey
         np.testing.assert_array_equal(early, late)
 
 
+def test_enough_beams_live_on_where_all_would_rather_end() -> None:
+    table = random_toy(12, 4)
+    table[:, [0, *range(4, 12)]] -= 50  # less likely than the three ends, whatever the place
+    search = BeamSearch(3, 4, num_end_ids=3)
+    state = start(search, len(ROWS), Stopping(end_ids=(1, 2, 3)))
+    state = dataclasses.replace(state, scores=jnp.full((len(ROWS), 3), -1.0))
+    after, tokens, _ = choose(search, state, np.repeat(table[ROWS][:, None], 3, axis=1))
+    assert np.all(np.isfinite(after.scores))
+    assert not np.any(np.isin(tokens, [1, 2, 3]))
+
+
 def test_the_best_of_a_large_vocabulary_and_among_equals_the_first() -> None:
     search = BeamSearch(2, 3)
-    state = start(search, 4, EOS)
+    state = start(search, len(ROWS), EOS)
     rng = np.random.default_rng(0)
     for _ in range(2):
-        # Multiples of 1/4 are added exactly, and of a thousand there are many alike.
-        table = -rng.integers(1, 40, (4, 2, 1000)).astype(np.float32) / 4
-        table[:, :, 1] = -np.inf
-        totals = np.where(np.isneginf(state.scores)[..., None], -np.inf, np.asarray(state.scores)[..., None] + table)
-        best = np.argsort(-totals.reshape(4, -1), axis=1, kind="stable")[:, :2]
+        # Multiples of 1/4 are added exactly, and of a thousand some are alike. The best ends, and so is not taken.
+        table = -rng.integers(1, 400, (len(ROWS), 2, 1000)).astype(np.float32) / 4
+        table[:, :, 1] = 0.0
+        totals = np.asarray(state.scores)[..., None] + table
+        totals[:, :, 1] = -np.inf
+        best = np.argsort(-totals.reshape(len(ROWS), -1), axis=1, kind="stable")[:, :2]
+        assert not np.any(state.done)
         state, tokens, parents = choose(search, state, table)
         np.testing.assert_array_equal(parents, best // 1000)
         np.testing.assert_array_equal(tokens, best % 1000)
