@@ -1,42 +1,180 @@
-"""`t5x-lite generate`: text from a trained model."""
+"""`t5x-lite generate`: text from a trained model, for texts of the command line, of stdin or of a file."""
 
 import argparse
+import dataclasses
+import inspect
 import json
-import sys
+import re
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from t5x_lite.cli.inputs import (
+    add_model_arguments,
+    batches,
+    check_at_least_one,
+    given_lines,
+    load_model,
+    report_failure,
+    status,
+)
+from t5x_lite.data.lines import Column, LineFile
 from t5x_lite.errors import InputError
+
+if TYPE_CHECKING:
+    from t5x_lite.batch_inference import Output
+    from t5x_lite.language_model import LanguageModel
+
+_FIELDS = ("input", "inputs", "prompt", "text", "source")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
-    parser.add_argument("run", metavar="RUN", help="a run, one of its checkpoints, or a Hugging Face directory")
+    add_model_arguments(parser)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="inputs; without any, one a line from stdin")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate at most (default 64)")
-    parser.add_argument("--batch-size", type=int, default=32, help="inputs decoded together (default 32)")
-    parser.add_argument("--mesh", default="", help="such as model:8; default: one device")
-    parser.add_argument("--json", action="store_true", help="print an object a line, with input and output")
+    parser.add_argument("--draft", default="", metavar="RUN", help="a smaller model that proposes tokens, to save time")
+    parser.add_argument("--stream", action="store_true", help="print the answer to one text as it comes")
+    parser.add_argument("--json", action="store_true", help="print an object a line, with input, output and score")
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--input", default="", metavar="FILE", help=".txt (a text a line), .jsonl or .tsv; also with .gz"
+    )
+    files.add_argument("--field", default="", help=f"of .jsonl and .tsv (default: the first of {', '.join(_FIELDS)})")
+    where = "results as JSON lines, in one file or in shards; the same command goes on where it was stopped"
+    files.add_argument("--output", default="", metavar="FILE.jsonl|DIR/", help=where)
+    files.add_argument("--shard-size", type=int, default=1000, help="inputs written together (default 1000)")
+    _add_generation_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates, and prints one output a line, in the order of the inputs."""
-    texts = args.texts or [line.rstrip("\n") for line in sys.stdin]
-    if not texts:
-        raise InputError("there is no input: give texts as arguments, or one a line on stdin")
-    for number, text in enumerate(texts, 1):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"input {number} is not valid UTF-8: {text[:40]!r}") from None
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
+    """Generates, and prints one output a line, in the order of the inputs, or writes them to files."""
+    _check(args)
+    source = LineFile(args.input, [Column((args.field,) if args.field else _FIELDS)]) if args.input else None
+    given = [] if source else given_lines(args.texts)
+    if args.stream and len(given) > 1:
+        raise InputError(f"--stream takes one text, not {len(given)}")
 
-    from t5x_lite.language_model import load
+    from t5x_lite.batch_inference import Output, generate_records
 
-    lm = load(args.run, mesh=args.mesh)
-    for start in range(0, len(texts), args.batch_size):
-        part = texts[start : start + args.batch_size]
-        for text, output in zip(part, lm.generate(part, max_new_tokens=args.max_new_tokens), strict=True):
-            # One output a line, also where a model of bytes has written a line break.
-            line = output.replace("\\", "\\\\").replace("\n", "\\n") if "\n" in output else output
-            print(json.dumps({"input": text, "output": output}, ensure_ascii=False) if args.json else line)
-    return 0
+    output = Output(args.output) if args.output else None
+    lm = load_model(args, args.run, args.mesh)
+    draft = load_model(args, args.draft, lm.mesh) if args.draft else None
+    settings = _settings(args)
+    lm.generation_config(**settings)
+    if source and output:
+        return _write_file(args, source, output, lm, draft, settings)
+    if len(given) == 1:
+        lm.check_input(given[0].values[0], **settings)
+    if args.stream:
+        for piece in lm.stream(given[0].values[0], **settings):
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    failed = count = 0
+    for part in batches(source.read() if source else given, args.batch_size):
+        for record in generate_records(lm, part, args.batch_size, settings, draft):
+            count += 1
+            failed += report_failure(record, args.input)
+            _print(record, args.json)
+    return status(failed, count)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises InputError for arguments that mean nothing together."""
+    check_at_least_one(args, "batch_size", "shard_size")
+    for name in ("output", "field"):
+        if getattr(args, name) and not args.input:
+            raise InputError(f"--{name} {getattr(args, name)} needs --input")
+    if args.input and args.texts:
+        raise InputError(f"--input {args.input} and the text {args.texts[0][:40]!r} exclude each other")
+    for name in ("input", "draft", "json"):
+        if args.stream and getattr(args, name):
+            raise InputError(f"--stream and --{name} exclude each other")
+
+
+def _write_file(
+    args: argparse.Namespace,
+    source: LineFile,
+    output: "Output",
+    lm: "LanguageModel",
+    draft: "LanguageModel | None",
+    settings: dict[str, Any],
+) -> int:
+    from t5x_lite.batch_inference import generate_file
+    from t5x_lite.cli.line_progress import LineProgress
+
+    described = {name: getattr(args, name) for name in ("field", "dtype", "quantization", "draft")}
+    with LineProgress("generate", args.input) as observer:
+        failed, count = generate_file(
+            lm,
+            source,
+            output,
+            described={"path": str(lm.checkpoint or args.run), **described},
+            settings=settings,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            draft=draft,
+            observer=observer,
+        )
+    return status(failed, count)
+
+
+def _print(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        return
+    # One output a line, also where there is none, or where a model of bytes has written a line break.
+    for output in record.get("outputs", [record.get("output", "")]):
+        print(output.replace("\\", "\\\\").replace("\n", "\\n") if "\n" in output else output, flush=True)
+
+
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Declares an option for every field of `GenerationConfig`."""
+    from t5x_lite.decoding.generation_config import GenerationConfig
+
+    about = "the defaults are the checkpoint's own settings, and without any those of GenerationConfig"
+    group = parser.add_argument_group("how to generate", about)
+    texts = _attributes(inspect.getdoc(GenerationConfig) or "")
+    for field in dataclasses.fields(GenerationConfig):
+        flag, text = f"--{field.name.replace('_', '-')}", texts.get(field.name, "").replace("%", "%%")
+        group.add_argument(flag, default=None, help=text, **_parsing(field.name, field.type))
+
+
+def _parsing(name: str, kind: Any) -> dict[str, Any]:
+    """Returns how argparse reads a field of this name and type."""
+    kinds = {part for part in get_args(kind) or (kind,) if part is not type(None)}
+    words = [word for part in (kind, *kinds) if get_origin(part) is Literal for word in get_args(part)]
+    if kinds == {bool}:
+        return {"action": argparse.BooleanOptionalAction}
+    if bool in kinds:
+        switch = {"true": True, "false": False}
+        return {"metavar": "|".join([*switch, *words]), "type": lambda text: switch.get(text, text)}
+    if words:
+        return {"metavar": "|".join(words)}
+    if kinds == {int}:
+        return {"metavar": "N", "type": int}
+    if kinds == {float}:
+        return {"metavar": "X", "type": float}
+    if str in kinds:
+        return {"metavar": "TEXT", "action": "append"}
+    return {"metavar": "ID,ID", "type": _ids} | ({"action": "append"} if name == "bad_words_ids" else {})
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.split(",")] if text else []
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' must be ids such as 7 or 7,12") from None
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """Returns what the Attributes section of a docstring says about each of them."""
+    section = docstring.partition("Attributes:")[2]
+    found = re.findall(r"^ {2}(\w+): (.*(?:\n {4}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()).removesuffix(".") for name, text in found}
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the command line says about how to generate."""
+    from t5x_lite.decoding.generation_config import GenerationConfig
+
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(GenerationConfig)}
+    return {name: value for name, value in given.items() if value is not None}

@@ -20,15 +20,17 @@ COMMANDS = {
     "train": ("train", "pre-train or fine-tune, or continue a run"),
     "eval": ("evaluate", "loss, perplexity and bits per byte of a run on held-out data"),
     "generate": ("generate", "text from a trained model"),
+    "score": ("score", "how likely a model finds targets given their inputs, or texts by themselves"),
     "import": ("import_checkpoint", "a Hugging Face or T5X checkpoint into a run directory"),
     "export": ("export", "a run into a Hugging Face directory"),
+    "bench": ("bench", "how fast a model generates, and how fast memory would let it"),
     "tokenizer": ("tokenizer", "train a SentencePiece tokenizer, or check one on a text"),
     "data": ("data", "show examples as the model sees them"),
     "config": ("config", "show every setting and where its value comes from"),
     "doctor": ("doctor", "versions, devices, memory, and what is missing"),
 }
 
-ACTIONS = {"tokenizer": ("train", "check"), "data": ("show",), "config": ("show",)}
+ACTIONS = {"bench": ("decode",), "tokenizer": ("train", "check"), "data": ("show",), "config": ("show",)}
 
 SETTINGS_HELP = "a YAML file or a run directory, then key=value settings such as train.steps=100"
 

@@ -7,6 +7,7 @@ The ids and texts are those of transformers 5, except where a docstring says oth
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from t5x_lite.data.tokenizer_files import (
     flagged,
     read_json,
     role_ids,
+    sentinel_names,
     token_content,
     valid_text,
     write_config,
 )
 from t5x_lite.errors import InputError
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
@@ -91,6 +94,23 @@ class HuggingFaceTokenizer(OneLanguage):
         known = [token for token in ids if 0 <= token < self.vocab_size]
         text = self._backend.decode(known, skip_special_tokens=True)
         return _clean_up(text) if self._clean else text
+
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokenizer.token_bytes`."""
+        names = sentinel_names(self.sentinels)
+        added = self._backend.get_added_tokens_decoder()
+        left_out = {self.eos_id, *(number for number, token in added.items() if token.special)} - names.keys()
+        spell = _speller(self._backend.decoder)
+
+        def text(number: int) -> bytes:
+            if number in names:
+                return names[number].encode()
+            token = None if number in left_out else self._backend.id_to_token(number)
+            spelled = b"" if token is None else spell(token)
+            part = "surrogateescape"  # of a character
+            return _clean_up(spelled.decode(errors=part)).encode(errors=part) if self._clean else spelled
+
+        return [text(number) for number in range(self.vocab_size)]
 
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`; `tokenizer.json` and a `tokenizer_config.json` that transformers reads too.
@@ -215,6 +235,44 @@ def _clean_up(text: str) -> str:
     for found in (" n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(found, found[1:])
     return text
+
+
+def _speller(decoder: Any) -> Callable[[str], bytes]:
+    """Returns a function that gives the bytes a token adds to a text, after the type of the pipeline's decoder."""
+    kinds = _kinds(json.loads(decoder.__getstate__())) if decoder is not None else set()
+    if kinds - {"ByteLevel", "WordPiece", "BPEDecoder", "Metaspace", "ByteFallback", "Replace", "Fuse", "Strip"}:
+        raise InputError(f"what a token adds to a text is not known for the decoder {', '.join(sorted(kinds))}")
+    if "ByteLevel" in kinds:
+        return _byte_level
+    decode: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
+    end = decode(["a", "b"])[1:]
+
+    def spell(token: str) -> bytes:
+        if "ByteFallback" in kinds and _BYTE.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        # The text between two others, as decoders treat the first and the last token in a way of their own.
+        return decode(["a", token, "b"])[1:].removesuffix(end).encode()
+
+    return spell
+
+
+def _kinds(decoder: Mapping[str, Any]) -> set[str]:
+    inner = decoder.get("decoders")
+    return {decoder["type"]} if inner is None else set().union(*map(_kinds, inner))
+
+
+def _byte_level(token: str) -> bytes:
+    alphabet = _byte_alphabet()
+    # A token that was added is spelled as it stands.
+    return bytes(map(alphabet.__getitem__, token)) if alphabet.keys() >= set(token) else token.encode()
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The character by which GPT-2 writes each byte: itself if it is visible, else the next one from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _first(*candidates: int | None) -> int:

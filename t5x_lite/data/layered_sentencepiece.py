@@ -181,8 +181,8 @@ class LayeredSentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
-        special = {number for number, token in self._by_id.items() if token.get("special")} | {self.unk_id, self.pad_id}
-        kept = [token for token in until(self.eos_id, ids) if 0 <= token < self.vocab_size and token not in special]
+        left_out = self._left_out()
+        kept = [token for token in until(self.eos_id, ids) if 0 <= token < self.vocab_size and token not in left_out]
         text = ""
         for is_added, run in itertools.groupby(kept, key=self._by_id.__contains__):
             if is_added:
@@ -197,6 +197,20 @@ class LayeredSentencePieceTokenizer:
         # sentencepiece would drop every space up to the first character, and here only one was put there.
         text = "".join(map(self._start.id_to_piece, pieces)).replace("▁", " ")
         return text.removeprefix(" ") if first else text
+
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokenizer.token_bytes`."""
+        out = [b""] * self._fairseq + piece_bytes(self._start)
+        out += [b""] * (self.vocab_size - len(out))
+        for number, token in self._by_id.items():
+            out[number] = token["content"].encode()
+        for number in self._left_out() | {cast(int, self.eos_id)}:
+            out[number] = b""
+        return out
+
+    def _left_out(self) -> set[int]:
+        special = {number for number, token in self._by_id.items() if token.get("special")}
+        return special | {number for number in (self.unk_id, self.pad_id) if number is not None}
 
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`; the model is written byte for byte, under the name that its class has for it."""
@@ -214,6 +228,20 @@ def sentencepiece_processor(model: bytes, path: str | Path) -> Any:
     except RuntimeError as error:
         raise InputError(f"'{path}' is not a readable SentencePiece model") from error
     return processor
+
+
+def piece_bytes(processor: Any) -> list[bytes]:
+    """Returns what each piece of a SentencePiece model adds to a text, as in `Tokenizer.token_bytes`."""
+
+    def text(piece: int) -> bytes:
+        name: str = processor.id_to_piece(piece)
+        if processor.is_control(piece):
+            return b""
+        if processor.is_byte(piece):  # <0x0A>
+            return bytes.fromhex(name[3:5])
+        return processor.decode([piece]).encode() if processor.is_unknown(piece) else name.replace("▁", " ").encode()
+
+    return [text(piece) for piece in range(processor.get_piece_size())]
 
 
 def sentencepiece_proto(model: bytes) -> Any:

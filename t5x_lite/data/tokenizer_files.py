@@ -237,7 +237,7 @@ def decode_runs(
     ids: Iterable[int], eos_id: int | None, sentinels: Iterable[int], decode: Callable[[list[int]], str]
 ) -> str:
     """Returns the text before the first EOS: sentinels as `<extra_id_N>`, a space apart from what `decode` returns."""
-    names = {sentinel: f"<extra_id_{n}>" for n, sentinel in enumerate(sentinels)}
+    names = sentinel_names(sentinels)
     parts = []
     for is_sentinel, run in itertools.groupby(until(eos_id, ids), key=names.__contains__):
         if is_sentinel:
@@ -245,6 +245,11 @@ def decode_runs(
         else:
             parts.append(decode(list(run)))
     return " ".join(part for part in parts if part)
+
+
+def sentinel_names(sentinels: Iterable[int]) -> dict[int, str]:
+    """Returns `<extra_id_N>` by id."""
+    return {sentinel: f"<extra_id_{n}>" for n, sentinel in enumerate(sentinels)}
 
 
 class OneLanguage:

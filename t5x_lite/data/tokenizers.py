@@ -13,6 +13,7 @@ from t5x_lite.data.layered_sentencepiece import (
     FAIRSEQ_MODEL,
     LAYERED_CLASSES,
     LayeredSentencePieceTokenizer,
+    piece_bytes,
     sentencepiece_processor,
     sentencepiece_proto,
 )
@@ -22,6 +23,7 @@ from t5x_lite.data.tokenizer_files import (
     ModelDirectory,
     OneLanguage,
     decode_runs,
+    sentinel_names,
     until,
     valid_text,
     write_config,
@@ -76,6 +78,17 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text up to the first EOS, sentinels as `<extra_id_N>`; padding and unknown ids are left out."""
+        ...
+
+    def token_bytes(self) -> list[bytes]:
+        """Returns the bytes that each id adds to a text that has begun, `vocab_size` of them.
+
+        Those of a text's ids in a row are the UTF-8 of what `decode` returns, up to spaces at its ends, around a
+        sentinel and, where they are cleaned up, around punctuation. They are empty for ids that are left out.
+
+        Raises:
+            InputError: a `tokenizer.json` with a decoder whose tokens cannot be told apart.
+        """
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -169,6 +182,13 @@ class SentencePieceTokenizer(OneLanguage):
     def _decode_run(self, ids: list[int]) -> str:
         return self._processor.decode([token for token in ids if 0 <= token < self._pieces])
 
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokenizer.token_bytes`."""
+        out = [*piece_bytes(self._processor), *[b""] * (self.vocab_size - self._pieces)]
+        for token, name in sentinel_names(self.sentinels).items():
+            out[token] = name.encode()
+        return out
+
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`; the model is written byte for byte as `spiece.model`.
 
@@ -215,9 +235,14 @@ class ByteTokenizer(OneLanguage):
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`; bytes that are not UTF-8 are left out."""
-        names = {sentinel: f"<extra_id_{n}>".encode() for n, sentinel in enumerate(self.sentinels)}
-        kept = (token for token in until(self.eos_id, ids) if 3 <= token < self.vocab_size)
-        return b"".join(names.get(token) or bytes([token - 3]) for token in kept).decode(errors="ignore")
+        pieces = self.token_bytes()
+        kept = (token for token in until(self.eos_id, ids) if 0 <= token < self.vocab_size)
+        return b"".join(pieces[token] for token in kept).decode(errors="ignore")
+
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokenizer.token_bytes`."""
+        names = sentinel_names(self.sentinels)
+        return [b"", b"", b"", *(names[n + 3].encode() if n + 3 in names else bytes([n]) for n in range(256))]
 
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`."""

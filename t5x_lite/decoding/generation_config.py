@@ -187,7 +187,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in settings:
-        _need(name in _DEFAULTS, f"generation setting '{name}' is unknown{nearest(name, _DEFAULTS)}")
+        if name not in _DEFAULTS:
+            raise InputError(f"generation setting '{name}' is unknown{nearest(name, _DEFAULTS)}")
     return {name: _checked(name, value) for name, value in settings.items() if value is not None}
 
 

@@ -1,0 +1,248 @@
+"""`t5x-lite generate`: its options, its files, and what it does with lines that cannot be used."""
+
+import dataclasses
+import inspect
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from t5x_lite import GenerationConfig, language_model
+from t5x_lite.data.tokenizers import ByteTokenizer
+from t5x_lite.errors import InputError
+from t5x_lite.language_model import Answer
+
+QUICK = "--max-new-tokens", 5, "--batch-size", 2
+SAMPLED = *QUICK, "--do-sample", "--seed", 3, "--shard-size", 2
+TEXTS = ["one", "a ship", "the fog", "20 miles", "é", "and", "seven"]
+
+# `kill -9` where the third shard has been written, but does not have its name yet.
+KILLED = """
+import os, pathlib, signal, sys
+rename = pathlib.Path.rename
+def rename_or_die(path, target):
+    if target.name == "part-00002.jsonl":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, target)
+pathlib.Path.rename = rename_or_die
+from t5x_lite.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Parrot:
+    """Answers with the text, and remembers what it was asked."""
+
+    config = SimpleNamespace(num_decoder_layers=1)
+    tokenizer = ByteTokenizer()
+    mesh = checkpoint = None
+
+    def __init__(self) -> None:
+        self.params, self.settings, self.loaded = {}, [], []
+
+    def load(self, *args: object, **kwargs: object) -> "Parrot":
+        self.loaded.append((*args, kwargs))
+        return self
+
+    def require_tokenizer(self) -> ByteTokenizer:
+        return self.tokenizer
+
+    def generation_config(self, **settings) -> GenerationConfig:
+        self.settings.append(settings)
+        return GenerationConfig.from_settings(settings)
+
+    def check_input(self, text: str, **settings) -> None:
+        if len(text) > 20:
+            raise InputError(f"the {len(text)} tokens of an input take more positions than there are")
+
+    def generate_scored(self, texts, *, batch_size, row_ids, draft, **settings) -> list[list[Answer]]:
+        several = settings.get("num_return_sequences", 1)
+        return [[Answer(f"{text}\\{n}\n", -1.5, 2) for n in range(several)] for text in texts]
+
+    def stream(self, text: str, **settings):
+        if settings.get("num_beams", 1) > 1:
+            raise InputError("num_beams 2 cannot be streamed")
+        return iter([text[:1], text[1:]])
+
+
+@pytest.fixture
+def parrot(monkeypatch: pytest.MonkeyPatch) -> Parrot:
+    """Is loaded instead of any model."""
+    parrot = Parrot()
+    monkeypatch.setattr(language_model, "load", parrot.load)
+    return parrot
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch):
+    """Sets what is on stdin."""
+    return lambda content: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def written(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_only_what_is_given_is_passed_on(t5x, parrot: Parrot) -> None:
+    argv = "--num-beams 4 --no-do-sample --early-stopping never --length-penalty -0.5 --num-return-sequences 2"
+    argv += " --bad-words-ids 5,6 --bad-words-ids 7 --eos-token-id 1,2 --cache-dtype int8 --min-new-tokens 1"
+    status, out, err = t5x("generate", "run", "hi", *argv.split(), "--stop-strings", "a b", "--stop-strings=-")
+    assert (status, err) == (0, "")
+    assert out == "hi\\\\0\\n\nhi\\\\1\\n\n"
+    assert parrot.settings[0] == {
+        "num_beams": 4,
+        "do_sample": False,
+        "early_stopping": "never",
+        "length_penalty": -0.5,
+        "num_return_sequences": 2,
+        "bad_words_ids": [[5, 6], [7]],
+        "eos_token_id": [1, 2],
+        "cache_dtype": "int8",
+        "min_new_tokens": 1,
+        "stop_strings": ["a b", "-"],
+    }
+    t5x("generate", "run", "hi", "--do-sample", "--early-stopping", "true", "--eos-token-id", "")
+    assert parrot.settings[-1] == {"do_sample": True, "early_stopping": True, "eos_token_id": []}
+
+
+def test_every_setting_has_an_option_and_its_meaning(t5x, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        t5x("generate", "--help")
+    text = " ".join(capsys.readouterr().out.partition("how to generate:")[2].split())
+    meanings = dict(re.findall(r"^  (\w+): (\S+ \S+ [^\s.]+)", inspect.getdoc(GenerationConfig) or "", re.MULTILINE))
+    for field in dataclasses.fields(GenerationConfig):
+        option, meaning = f"--{field.name.replace('_', '-')}", re.escape(meanings[field.name])
+        assert re.search(rf"{option}\b.{{0,40}} {meaning}", text), option
+
+
+def test_how_the_model_is_loaded(t5x, parrot: Parrot) -> None:
+    options = "--dtype", "bfloat16", "--mesh", "model:2", "--quantization", "int8", "--draft", "small"
+    assert t5x("generate", "run", "hi", *options)[0] == 0
+    assert parrot.loaded == [
+        ("run", "bfloat16", "model:2", {"quantization": "int8"}),
+        ("small", "bfloat16", None, {"quantization": "int8"}),
+    ]
+
+
+def test_one_answer_a_line_also_for_a_line_that_fails(t5x, parrot: Parrot, stdin) -> None:
+    stdin(b"one\n\xff\n" + b"long " * 9 + b"\nlast")
+    status, out, err = t5x("generate", "run")
+    assert status == 1
+    assert out.splitlines() == ["one\\\\0\\n", "", "", "last\\\\0\\n"]
+    assert err.splitlines() == [
+        "t5x-lite: input 2: not valid UTF-8 (0xff at byte 1)",
+        "t5x-lite: input 3: the 45 tokens of an input take more positions than there are",
+        "t5x-lite: 2 of 4 inputs failed",
+    ]
+    status, out, err = t5x("generate", "run", "one", "a\udcff", "--json", "--do-sample", "--num-return-sequences", 2)
+    assert status == 1
+    first = {"outputs": ["one\\0\n", "one\\1\n"], "scores": [-1.5, -1.5], "num_tokens": [2, 2]}
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"line": 1, "input": "one", **first},
+        {"line": 2, "error": "not valid UTF-8 (0xff at byte 2)"},
+    ]
+
+
+def test_streams(t5x, parrot: Parrot) -> None:
+    assert t5x("generate", "run", "hello", "--stream") == (0, "hello\n", "")
+
+
+def test_a_file_without_an_output_goes_to_stdout(t5x, parrot: Parrot, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": "no", "b": "yes"}\n{}\n')
+    status, out, err = t5x("generate", "run", "--input", tmp_path / "x.jsonl", "--field", "b", "--json")
+    assert status == 1
+    assert [json.loads(line).get("input") for line in out.splitlines()] == ["yes", None]
+    assert f"{tmp_path}/x.jsonl:2: no field 'b'" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["hi", "--input", "x.txt"], "--input x.txt and the text 'hi' exclude each other"),
+        (["hi", "--output", "x.jsonl"], "--output x.jsonl needs --input"),
+        (["hi", "--field", "x"], "--field x needs --input"),
+        (["hi", "ho", "--stream"], "--stream takes one text, not 2"),
+        (["hi", "--stream", "--num-beams", 2], "num_beams 2 cannot be streamed"),
+        (["hi", "--stream", "--json"], "--stream and --json exclude each other"),
+        (["--stream", "--input", "x.txt"], "--stream and --input exclude each other"),
+        (["--input", "no.txt"], "cannot read no.txt: No such file"),
+        (["--input", "x.pdf"], "x.pdf must end in .txt"),
+        (["hi", "--shard-size", 0], "--shard-size must be at least 1, not 0"),
+        (["hi", "--batch-size", 0], "--batch-size must be at least 1, not 0"),
+        (["hi", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
+        (["hi", "--suppress-tokens", "7;8"], "argument --suppress-tokens: '7;8' must be ids such as 7 or 7,12"),
+        (["hi", "--quantization", "int3"], "invalid choice: 'int3'"),
+        (["hi", "--temperature", 0, "--do-sample"], "temperature must be above 0 and finite"),
+        (["hi", "--early-stopping", "maybe"], "early_stopping must be one of True, False, never, not 'maybe'"),
+        (["hi", "--cache-dtype", "int4"], "cache_dtype must be one of float32, bfloat16, int8, not 'int4'"),
+        (["long " * 9], "the 45 tokens of an input"),
+    ],
+)
+def test_bad_input(t5x, parrot: Parrot, argv: list[object], words: str) -> None:
+    status, out, err = t5x("generate", "run", *argv)
+    assert (status, out, len(err.splitlines())) == (2, "", 1), err
+    assert words in err
+
+
+def test_outputs_that_are_refused(t5x, parrot: Parrot, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("one\n")
+    for output, words in {tmp_path: "holds something else (x.txt)", "x.csv": "must end in .jsonl, or in /"}.items():
+        status, _, err = t5x("generate", "run", "--input", tmp_path / "x.txt", "--output", output)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert words in err
+    assert parrot.loaded == []  # which would have taken a while
+
+
+def test_a_killed_process_is_continued_to_the_same_bytes(t5x, decoder_run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "x.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:3]) + "{broken\n" + '{"text": ""}\n')
+    with source.open("a") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in [*TEXTS[3:], "too long " * 9])
+    argv = ["generate", decoder_run, "--input", source, *SAMPLED, "--output"]
+    status, out, err = t5x(*argv, tmp_path / "whole.jsonl")
+    assert (status, out) == (1, "")
+    assert re.findall(r"x.jsonl:(\d+): ", err) == ["4", "5", "10"]
+    assert err.splitlines()[-1] == "t5x-lite: 3 of 10 inputs failed"
+    records = written(tmp_path / "whole.jsonl")
+    assert [record["line"] for record in records] == [*range(1, 11)]
+    assert len({record["output"] for record in records if "output" in record}) > 1
+
+    part = tmp_path / "part.jsonl"
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, argv), part], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = tmp_path / "part.jsonl.parts"
+    assert sorted(path.name for path in folder.glob("part*")) == [
+        "part-00000.jsonl", "part-00001.jsonl", "part-00002.jsonl.partial"
+    ]  # fmt: skip
+    assert not part.exists()
+    status, _, err = t5x(*argv, part)
+    assert status == 1
+    assert "is continued after 4 of 10 lines" in err
+    assert err.splitlines()[-1] == "t5x-lite: 3 of 10 inputs failed"
+    assert part.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+    status, _, err = t5x(*argv, part, "--seed", 4)
+    assert status == 2
+    assert "was begun with seed 3, not 4" in err
+
+
+def test_shards_over_a_mesh_say_the_same(t5x, decoder_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("\n".join(TEXTS[:4]))
+    argv = ["generate", decoder_run, "--input", tmp_path / "x.txt", *QUICK, "--shard-size", 2, "--output"]
+    assert t5x(*argv, f"{tmp_path}/one/")[0] == 0
+    assert t5x(*argv, f"{tmp_path}/mesh/", "--mesh", "data:4,model:2")[0] == 0
+    for name in ("part-00000.jsonl", "part-00001.jsonl"):
+        one, mesh = written(tmp_path / "one" / name), written(tmp_path / "mesh" / name)
+        assert [record["output"] for record in mesh] == [record["output"] for record in one]
+        # Sums of five float32 log-probabilities, in another order.
+        assert [record["score"] for record in mesh] == pytest.approx([record["score"] for record in one], abs=1e-4)
+    # What was done on one device is the same run on several.
+    status, _, err = t5x(*argv, f"{tmp_path}/one/", "--mesh", "data:4,model:2")
+    assert status == 0
+    assert "is complete already" in err

@@ -1,0 +1,110 @@
+"""`t5x-lite score`: the model's own numbers, in the order of the lines, and their totals."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import t5x_lite
+
+
+def objects(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_pairs_of_an_encoder_and_a_decoder(t5x, pair_run: Path, tmp_path: Path) -> None:
+    pairs = [("the cat", "sat"), ("a dog that", "ran away"), ("it", "is")]
+    rows = [json.dumps({"question": source, "answer": target}) for source, target in pairs]
+    rows.insert(1, '{"question": "what"}')
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    fields = "--inputs-field", "question", "--targets-field", "answer"
+    status, out, err = t5x("score", pair_run, "--input", tmp_path / "x.jsonl", *fields, "--json", "--batch-size", 3)
+    assert status == 1
+    assert err.splitlines() == [
+        f"t5x-lite: {tmp_path}/x.jsonl:2: no field 'answer'; the fields are: question",
+        "t5x-lite: 1 of 4 inputs failed",
+    ]
+    *records, total = objects(out)
+    assert [record["line"] for record in records] == [1, 2, 3, 4]
+    expected = t5x_lite.load(pair_run).score(*map(list, zip(*pairs, strict=True)))
+    good = [record for record in records if "error" not in record]
+    assert [record["num_tokens"] for record in good] == expected.num_tokens.tolist()
+    # The same program on other batches: float32, on sums of tens of nats.
+    assert [record["log_likelihood"] for record in good] == pytest.approx(expected.log_likelihood, abs=1e-4)
+    for record in good:
+        assert record["perplexity"] == pytest.approx(math.exp(-record["log_likelihood"] / record["num_tokens"]))
+    nats, tokens = (sum(record[key] for record in good) for key in ("log_likelihood", "num_tokens"))
+    assert total == {
+        "examples": 3,
+        "failed": 1,
+        "log_likelihood": pytest.approx(nats),
+        "num_tokens": tokens,
+        "perplexity": pytest.approx(math.exp(-nats / tokens)),
+    }
+    (tmp_path / "x.tsv").write_text("source\ttarget\n" + "\n".join("\t".join(pair) for pair in pairs))
+    status, out, _ = t5x("score", pair_run, "--input", tmp_path / "x.tsv", "--json")
+    assert status == 0
+    assert objects(out)[-1]["log_likelihood"] == pytest.approx(nats, abs=1e-4)
+
+
+def test_texts_of_a_decoder_alone(t5x, decoder_run: Path, tmp_path: Path) -> None:
+    texts = ["the fog", "too long " * 9, "", "ships"]
+    (tmp_path / "x.txt").write_text("\n".join(texts))
+    status, out, err = t5x("score", decoder_run, "--input", tmp_path / "x.txt", "--json", "--batch-size", 2)
+    assert status == 1
+    assert len(err.splitlines()) == 2
+    assert "x.txt:2: the 82 tokens of a text take 82 positions, but the model has 64" in err
+    first, failed, empty, last, total = objects(out)
+    assert failed.keys() == {"line", "error"}
+    assert empty == {"line": 3, "log_likelihood": 0.0, "num_tokens": 0, "perplexity": None}
+    assert (first["num_tokens"], last["num_tokens"], total["num_tokens"]) == (7, 5, 12)
+    status, out, _ = t5x("score", decoder_run, "the fog", "--json")
+    assert objects(out)[0] == {
+        **first,
+        "log_likelihood": pytest.approx(first["log_likelihood"], abs=1e-4),
+        "perplexity": pytest.approx(first["perplexity"], rel=1e-4),
+    }
+
+
+def test_an_input_and_a_target_by_hand(t5x, decoder_run: Path) -> None:
+    status, out, err = t5x("score", decoder_run, "the", " fog")
+    assert (status, err) == (0, "")
+    head, row, total = (line.split() for line in out.splitlines())
+    assert head == ["line", "nats", "tokens", "perplexity"]
+    scores = t5x_lite.load(decoder_run).score(["the"], [" fog"])
+    assert row == ["1", f"{scores.log_likelihood[0]:.4f}", "4", f"{math.exp(-scores.log_likelihood[0] / 4):.4f}"]
+    assert total == ["total", *row[1:]]
+    status, out, err = t5x("score", decoder_run, "the", "too long " * 9)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "the model has 64" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "give an input and a target, or --input FILE, not 0 texts"),
+        (["a", "b", "c"], "not 3 texts"),
+        (["a", "b\udcff"], "'b\\udcff' is not valid UTF-8"),
+        (["a", "--input", "x.txt"], "--input x.txt and the text 'a' exclude each other"),
+        (["a", "b", "--inputs-field", "x"], "--inputs-field x needs --input"),
+        (["--input", "no.tsv"], "cannot read no.tsv"),
+        (["a", "b", "--batch-size", 0], "--batch-size must be at least 1, not 0"),
+        (["a", "b"], "no-run is not a run directory"),
+    ],
+)
+def test_bad_input(t5x, argv: list[object], words: str) -> None:
+    status, out, err = t5x("score", "no-run", *argv)
+    assert (status, out, len(err.splitlines())) == (2, "", 1), err
+    assert words in err
+
+
+def test_an_encoder_needs_inputs(t5x, pair_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a text\n")
+    for argv, words in {
+        ("a text",): "give an input and a target",
+        ("--input", tmp_path / "x.txt"): "one text a line",
+    }.items():
+        status, out, err = t5x("score", pair_run, *argv)
+        assert (status, out) == (2, "")
+        assert words in err
