@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from t5x_lite.decoding.generation_config import GenerationConfig
     from t5x_lite.errors import InputError
-    from t5x_lite.language_model import LanguageModel, load
+    from t5x_lite.language_model import LanguageModel
+    from t5x_lite.loading import load
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,7 @@ _HOMES = {
     "GenerationConfig": "decoding.generation_config",
     "InputError": "errors",
     "LanguageModel": "language_model",
-    "load": "language_model",
+    "load": "loading",
 }
 _ROOMS = ("config", "data", "decoding", "evaluation", "interop", "models", "nn", "sharding", "training")
 

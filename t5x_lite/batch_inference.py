@@ -1,8 +1,10 @@
 """Inference over files: a record for every line, also for one that fails, in shards that survive a `kill -9`.
 
-A shard is written to a partial file, synced and renamed, so one that is there is complete. What a shard says depends on
-the input, the model and the settings alone (sampling on the number of the line), and `manifest.json` beside the shards
-says what these are: the same command goes on behind the last shard, and any other is refused.
+A shard is written to a partial file, synced and renamed, so one that is there is complete. What it says depends on the
+input, the model, its draft and the settings (sampling on the number of the line), up to rounding, which differs between
+batches. `manifest.json` beside the shards says what these are: once there is a shard, the same command goes on behind
+the last, and any other is refused. An error that is not about a line, since a whole batch has it, ends the run before
+it becomes a record.
 """
 
 import contextlib
@@ -49,6 +51,8 @@ def generate_records(
     settings: Mapping[str, Any],
     draft: LanguageModel | None = None,
     progress: Callable[[int], None] = lambda lines: None,
+    *,
+    first_row: int = 1,
 ) -> list[Record]:
     """Generates an answer to every line.
 
@@ -59,25 +63,27 @@ def generate_records(
       settings: fields of `GenerationConfig`.
       draft: as for `LanguageModel.generate`.
       progress: hears how many more lines are done.
+      first_row: the row of `LanguageModel.generate` whose samples line 1 gets, the next for line 2, and so on.
 
     Returns:
-      A record a line: `line` and `input` with `output`, `score` (nats) and `num_tokens`, or, where there are several
-      answers, with the lists `outputs`, `scores` and `num_tokens`. A line that failed has `line` and `error` alone.
+      A record a line: `line` and `input` with `output`, `score` (nats, None if it is not finite) and `num_tokens`, or,
+      where there are several answers, with the lists `outputs`, `scores` and `num_tokens`. A line that failed has
+      `line` and `error` alone.
 
     Raises:
-      Exception: every line failed with it, so it is not about the lines.
+      Exception: every line, or every line of a batch of several, failed with it, so it is not about the lines.
     """
 
     def refusal(line: Line) -> str:
         try:
             lm.check_input(line.values[0], **settings)
         except InputError as error:
-            return str(error)
+            return _reason(error)
         return ""
 
     def work(part: Sequence[Line]) -> list[Record]:
-        texts, numbers = [line.values[0] for line in part], [line.number for line in part]
-        answers = lm.generate_scored(texts, batch_size=batch_size, row_ids=numbers, draft=draft, **settings)
+        texts, rows = [line.values[0] for line in part], [line.number - 1 + first_row for line in part]
+        answers = lm.generate_scored(texts, batch_size=batch_size, row_ids=rows, draft=draft, **settings)
         return [_answered(line, several) for line, several in zip(part, answers, strict=True)]
 
     checked = [line if line.error else dataclasses.replace(line, error=refusal(line)) for line in lines]
@@ -93,11 +99,10 @@ def score_records(lm: LanguageModel, lines: Sequence[Line], batch_size: int) -> 
       batch_size: lines that are scored together.
 
     Returns:
-      A record a line: `line`, `log_likelihood` (nats), `num_tokens` and `perplexity`, which is None for no token. A
-      line that failed has `line` and `error` alone.
+      A record a line: `line` and what `scored` returns. A line that failed has `line` and `error` alone.
 
     Raises:
-      Exception: every line failed with it, so it is not about the lines.
+      Exception: every line, or every line of a batch of several, failed with it, so it is not about the lines.
     """
 
     def work(part: Sequence[Line]) -> list[Record]:
@@ -111,13 +116,19 @@ def score_records(lm: LanguageModel, lines: Sequence[Line], batch_size: int) -> 
 def _answered(line: Line, answers: Sequence[Any]) -> Record:
     head = {"line": line.number, "input": line.values[0]}
     texts, scores, counts = zip(*answers, strict=True)
+    scores = tuple(score if math.isfinite(score) else None for score in scores)
     if len(answers) == 1:
         return {**head, "output": texts[0], "score": scores[0], "num_tokens": counts[0]}
     return {**head, "outputs": texts, "scores": scores, "num_tokens": counts}
 
 
 def scored(log_likelihood: float, num_tokens: int) -> Record:
-    """Returns both with the perplexity: exp of the nats per token, None for no token."""
+    """Returns both with the perplexity: exp of the nats per token, None for no token.
+
+    A log-likelihood that is not finite is None, for JSON has no such number, and so is its perplexity.
+    """
+    if not math.isfinite(log_likelihood):
+        return {"log_likelihood": None, "num_tokens": num_tokens, "perplexity": None}
     perplexity = math.exp(min(-log_likelihood / num_tokens, 700.0)) if num_tokens else None  # e ** 710 is no float
     return {"log_likelihood": log_likelihood, "num_tokens": num_tokens, "perplexity": perplexity}
 
@@ -132,7 +143,8 @@ def _records(
 ) -> list[Record]:
     """Returns a record a line, in their order; of a batch that fails the lines are tried one by one.
 
-    What fails for every line is not a line's fault, and neither is an InputError of work that may refuse none.
+    What fails for every line, or for every line of a batch of several, is not a line's fault, and neither is an
+    InputError of work that may refuse none.
     """
     records = {line.number: {"line": line.number, "error": line.error} for line in lines if line.error}
     progress(len(records))
@@ -155,7 +167,10 @@ def _records(
         except Exception as error:
             if isinstance(error, InputError) and not may_refuse:
                 raise
+            before = len(failures)
             results = [alone(line) for line in part]
+            if len(failures) - before == len(part) > 1:
+                raise failures[-1] from None
         records |= {record["line"]: record for record in results}
         progress(len(part))
     if len(failures) == len(good) > 1:
@@ -164,7 +179,7 @@ def _records(
 
 
 def _reason(error: Exception) -> str:
-    line = " ".join(str(error).split())[:500]
+    line = " ".join(str(error).split())[:500].encode("utf-8", "backslashreplace").decode()
     return line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
 
 
@@ -230,15 +245,15 @@ class Output:
             yield
 
     def begin(self, manifest: Record) -> Record:
-        """Writes the manifest or, where there is one, returns it after comparing what decides about the records.
+        """Writes the manifest or, where records were written under one, returns that after comparing what decides
+        about them.
 
         Raises:
           InputError: something differs; the message names it.
         """
         path = self.folder / _MANIFEST
         if not path.exists():
-            _write(path, json.dumps(manifest, indent=1).encode())
-            return manifest
+            return self._write_manifest(manifest)
         try:
             old = json.loads(path.read_text())
             if old["format"] != _FORMAT:
@@ -248,6 +263,8 @@ class Output:
             settings = dict(old["settings"])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is not a manifest of this version; give another output") from None
+        if "result" not in old and not any(self.folder.glob("part-*.jsonl")):
+            return self._write_manifest(manifest)
         begun = f"output {self.name} was begun with"
         if not same_input:
             raise InputError(f"{begun} another input ({old['input']['path']}); give another output")
@@ -272,11 +289,15 @@ class Output:
         assert self.file is not None
         shards = self.shards()
         # First the manifest, so that the file is known from the moment that it is there.
-        _write(self.folder / _MANIFEST, json.dumps({**manifest, "result": _sha256(shards)}, indent=1).encode())
+        self._write_manifest({**manifest, "result": _sha256(shards)})
         if self.file.exists():
             raise InputError(f"output {self.name} exists already; its records are in {self.folder}")
         _write(self.file, (block for path in shards for block in _blocks(path)), self.folder)
         self._remove_shards()
+
+    def _write_manifest(self, manifest: Record) -> Record:
+        _write(self.folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        return manifest
 
     def _remove_shards(self) -> None:
         for path in reversed(self.shards()):  # those that are left, if this is cut short, begin with the first
@@ -325,7 +346,7 @@ def generate_file(
         "format": _FORMAT,
         "input": {"path": str(source.path), "sha256": source.sha256, "lines": source.count},
         "model": {"path": described.get("path"), "fingerprint": fingerprint(lm)},
-        "settings": {**config, **rest, "shard_size": shard_size},
+        "settings": {**config, **rest, "draft": draft and fingerprint(draft), "shard_size": shard_size},
     }
     with output.lock():
         manifest = output.begin(manifest)
@@ -359,7 +380,7 @@ def generate_file(
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _count_failures(paths: Sequence[Path]) -> tuple[int, int]:

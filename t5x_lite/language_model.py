@@ -1,7 +1,5 @@
 """The friendly face: a model, its parameters and its tokenizer in one object."""
 
-import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,22 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5x_lite import config as configuration
 from t5x_lite import sharding
 from t5x_lite.data.pipeline import decoder_batch, encoder_decoder_batch
-from t5x_lite.data.tokenizers import Tokenizer, find_tokenizer
+from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.decoding.buckets import bucket, length_bucket, padded
 from t5x_lite.decoding.generate import Decoder, Generated
 from t5x_lite.decoding.generation_config import GenerationConfig
 from t5x_lite.decoding.speculative import Speculator
 from t5x_lite.decoding.stopping import stop_table
 from t5x_lite.errors import InputError
-from t5x_lite.interop import checkpoints
 from t5x_lite.models.config import TransformerConfig
-from t5x_lite.models.quantization import quantize, quantized_axes
-from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Batch, Transformer, decoder_segments, encoder_segments
-from t5x_lite.training.checkpoints import load_params
 
 
 class Scores(NamedTuple):
@@ -83,7 +76,7 @@ class LanguageModel:
         self.checkpoint = checkpoint
         self.generation = dict(generation or {})
         self.compilations = 0
-        self._stop_tables: dict[str | tuple[str, ...], np.ndarray] = {}
+        self._stop_tables: dict[str | tuple[str, ...], jax.Array] = {}
         self._generate = self._counting(Decoder.generate)
         self._begin = self._counting(Decoder.begin)
         self._advance = self._counting(Decoder.advance, donate_argnums=2)
@@ -150,10 +143,11 @@ class LanguageModel:
           **settings: as `generate`.
         """
         _check_texts("generate", texts)
+        _check_at_least_one("batch_size", batch_size)
         tokenizer = self.require_tokenizer()
         config = self.generation_config(**settings)
         inputs = [self._input(text, config) for text in texts]
-        numbers = np.asarray(range(len(texts)) if row_ids is None else row_ids)
+        numbers = _row_numbers(row_ids, len(texts))
         # Texts of like length are decoded together.
         order = sorted(range(len(texts)), key=lambda index: len(inputs[index]))
         answers: list[list[Answer]] = [[] for _ in texts]
@@ -188,9 +182,10 @@ class LanguageModel:
             tokens that take more positions than the model has.
         """
         config = config or self.generation_config()
-        self._check_batch(batch, config)
-        rows = len(next(iter(batch.values())))
-        batch, row_ids = self._padded(batch, row_ids)
+        rows = self._check_batch(batch, config)
+        if draft is not None:
+            draft._check_batch(batch, config)
+        batch, row_ids = self._padded(batch, _row_numbers(row_ids, rows))
         table = self._stop_table(config)
         decoder, params = self._decoding(config)
         rest = batch, jnp.uint32(config.seed), row_ids, table
@@ -202,12 +197,16 @@ class LanguageModel:
                 out, _ = self._speculate(speculator, params, draft._decoding(config)[1], *rest)
         return jax.tree.map(lambda x: x[: rows * config.num_return_sequences], out)
 
-    def stream(self, text: str, *, tokens_at_once: int = 4, **settings: Any) -> Iterator[str]:
+    def stream(self, text: str, *, tokens_at_once: int = 4, row_id: int = 0, **settings: Any) -> Iterator[str]:
         """Yields the answer to one text piece by piece, as it is generated; together they are what `generate` returns.
+
+        A tokenizer may take away a space once it knows what follows, as BERT's does before punctuation; what has been
+        yielded stays then, and the rest follows from where the two part.
 
         Args:
           text: the input.
           tokens_at_once: tokens after which a piece is yielded.
+          row_id: see `generate_scored`.
           **settings: as `generate`; neither beams, whose past may still change, nor several sequences.
 
         Raises:
@@ -217,9 +216,9 @@ class LanguageModel:
         for name in ("num_beams", "num_return_sequences"):
             if getattr(config, name) > 1:
                 raise InputError(f"{name} {getattr(config, name)} cannot be streamed, only a single sequence can")
-        if tokens_at_once < 1:
-            raise InputError(f"tokens_at_once must be at least 1, not {tokens_at_once}")
-        return self._pieces(self._input_batch([self._input(text, config)]), config, tokens_at_once)
+        _check_at_least_one("tokens_at_once", tokens_at_once)
+        batch = self._input_batch([self._input(text, config)])
+        return self._pieces(batch, config, tokens_at_once, _row_numbers([row_id], 1))
 
     def check_input(self, text: str, **settings: Any) -> None:
         """Raises the InputError with which `generate` would refuse this text, if it would."""
@@ -235,8 +234,9 @@ class LanguageModel:
           InputError: the two have different lengths, or the model is an encoder alone.
         """
         self._check_generates()
-        if isinstance(inputs, str) or isinstance(targets, str):
-            raise InputError("score takes a list of inputs and a list of targets, not texts")
+        _check_at_least_one("batch_size", batch_size)
+        for texts in (inputs, targets):
+            _check_texts("score", texts)
         if len(inputs) != len(targets):
             raise InputError(f"{len(inputs)} inputs for {len(targets)} targets")
         likelihoods, counts = [], []
@@ -263,6 +263,7 @@ class LanguageModel:
         They are those of the encoder; where there is none, of the decoder.
         """
         _check_texts("embed", texts)
+        _check_at_least_one("batch_size", batch_size)
         out: list[np.ndarray] = []
         for start in range(0, len(texts), batch_size):
             part = [self._framed(text) for text in texts[start : start + batch_size]]
@@ -300,21 +301,21 @@ class LanguageModel:
 
     def _speculator(self, decoder: Decoder, draft: "LanguageModel") -> Speculator:
         if draft.mesh != self.mesh:
-            raise InputError(
-                f"the draft model is on mesh {sharding.describe(draft.mesh)}, the model on {sharding.describe(self.mesh)}"
-            )
+            there, here = sharding.describe(draft.mesh), sharding.describe(self.mesh)
+            raise InputError(f"the draft model is on mesh {there}, the model on {here}")
         return Speculator(decoder, draft.model)
 
-    def _stop_table(self, config: GenerationConfig) -> np.ndarray | None:
+    def _stop_table(self, config: GenerationConfig) -> jax.Array | None:
         texts = config.stop_strings
         if texts and texts not in self._stop_tables:
-            self._stop_tables[texts] = stop_table(texts, self.require_tokenizer().token_bytes())
+            self._stop_tables[texts] = jnp.asarray(stop_table(texts, self.require_tokenizer().token_bytes()))
         return self._stop_tables.get(texts)
 
-    def _pieces(self, batch: Batch, config: GenerationConfig, tokens_at_once: int) -> Iterator[str]:
-        self._check_batch(batch, config)
+    def _pieces(
+        self, batch: Batch, config: GenerationConfig, tokens_at_once: int, numbers: np.ndarray
+    ) -> Iterator[str]:
         tokenizer, given = self.require_tokenizer(), ""
-        batch, row_ids = self._padded(batch, None)
+        batch, row_ids = self._padded(batch, numbers)
         decoder, params = self._decoding(config)
         with jax.set_mesh(self.mesh):
             rest = jnp.uint32(config.seed), row_ids, self._stop_table(config)
@@ -329,6 +330,8 @@ class LanguageModel:
             text = tokenizer.decode(tokens[:length].tolist())
             # Of a character whose bytes are not all there yet, the rest comes with the next tokens.
             sure = text if finished else text.rstrip("\N{REPLACEMENT CHARACTER}")
+            while finished and not sure.startswith(given):
+                given = given[:-1]
             if sure.startswith(given) and len(sure) > len(given):
                 yield sure[len(given) :]
                 given = sure
@@ -339,8 +342,12 @@ class LanguageModel:
         return [*prefix, *tokenizer.encode(text), *suffix]
 
     def _input(self, text: str, config: GenerationConfig) -> list[int]:
+        _check_texts("generate", [text])
+        self._check_generates()
         tokens = self._framed(text) if self.config.num_encoder_layers else self._prompt(text)
-        self._check_batch(self._input_batch([tokens]), config)
+        self._check_ids(tokens)
+        source, prompt = (len(tokens), 1) if self.config.num_encoder_layers else (0, len(tokens))
+        self._check_lengths(source, prompt, config)
         return tokens
 
     def _input_batch(self, inputs: Sequence[list[int]]) -> dict[str, np.ndarray]:
@@ -357,14 +364,17 @@ class LanguageModel:
             raise InputError("an empty text is no prompt for this model: its texts begin with no special token")
         return prompt or [self.config.decoder_start_id]
 
-    def _padded(self, batch: Batch, row_ids: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _padded(self, batch: Batch, row_ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         batch = padded(batch, self.config, sharding.axis_size(self.mesh, sharding.RULES["batch"]))
-        rows = len(next(iter(batch.values())))
-        numbers = np.arange(rows) if row_ids is None else np.asarray(row_ids)
-        return batch, np.pad(numbers, (0, rows - len(numbers)), mode="edge").astype(np.int32)
+        below = len(next(iter(batch.values()))) - len(row_ids)
+        return batch, np.pad(row_ids, (0, below), mode="edge")
 
-    def _check_batch(self, batch: Batch, config: GenerationConfig) -> None:
+    def _check_batch(self, batch: Batch, config: GenerationConfig) -> int:
+        """Returns the number of rows."""
         self._check_generates()
+        needed = f"{'encoder' if self.config.num_encoder_layers else 'decoder'}_input_tokens"
+        if needed not in batch:
+            raise InputError(f"the batch needs {needed}, it has {', '.join(batch) or 'nothing'}")
         start = np.full((1, 1), self.config.decoder_start_id, np.int32)  # of a side that is not there
         given = {"encoder_input_tokens": start, "decoder_input_tokens": start, **batch}
         self._check_ids(*(given[f"{side}_input_tokens"] for side in ("encoder", "decoder")))
@@ -372,7 +382,17 @@ class LanguageModel:
         prompts = np.asarray(decoder_segments(given, self.config.pad_id))
         if np.any(prompts[:, 1:] > prompts[:, :-1]):
             raise InputError("decoder_segment_ids rise within a row; prompts are padded on the right, with 0")
+        if np.any(prompts[:, :1] == 0):
+            raise InputError(
+                f"the prompt of row {int(np.argmin(prompts[:, 0]))} is empty: its decoder_segment_ids are 0"
+            )
+        ids = config.decoder_start_token_id, config.forced_bos_token_id, config.forced_eos_token_id
+        self._check_ids([token for token in (*ids, *config.end_ids(())) if token is not None])
         source, prompt = (int(np.max(np.sum(segments > 0, axis=1))) for segments in (sources, prompts))
+        self._check_lengths(source, prompt, config)
+        return len(batch[needed])
+
+    def _check_lengths(self, source: int, prompt: int, config: GenerationConfig) -> None:
         self._check_length(source, f"the {source} tokens of an input")
         # The last token is not read again.
         self._check_length(prompt + config.max_new_tokens - 1, f"max_new_tokens {config.max_new_tokens} and the prompt")
@@ -426,94 +446,24 @@ class LanguageModel:
         return bucket(len(examples), sharding.axis_size(self.mesh, sharding.RULES["batch"]))
 
 
-def load(
-    path: str | Path,
-    dtype: str = "float32",
-    mesh: Mesh | str | None = None,
-    *,
-    quantization: str | None = None,
-    allow_missing: Sequence[str] = (),
-    allow_unused: Sequence[str] = (),
-    config: TransformerConfig | None = None,
-) -> LanguageModel:
-    """Loads a model: one that t5x_lite has trained, or a published one.
-
-    Args:
-      path: a run directory; one of its checkpoints, `run/checkpoints/1000`; a Hugging Face directory, with
-        safetensors or `pytorch_model.bin`; or a T5X or Mesh TensorFlow checkpoint of the T5 family.
-      dtype: of computation and parameters, float32 or bfloat16.
-      mesh: a mesh or its description, such as `model:8`; by default one device.
-      quantization: int8 makes the large matrices int8 once they are loaded, see `models.quantization`.
-      allow_missing: patterns such as `classifier/*` of parameters that a Hugging Face file may lack; they are drawn
-        afresh.
-      allow_unused: patterns such as `cls.*` of a Hugging Face file's tensors that the model may leave unread.
-      config: of the model, where it is not all that a published checkpoint says, or another head is wanted.
-
-    A damaged checkpoint of a run is passed over for the one before, with a warning that names it.
-
-    Raises:
-      InputError: nothing there that can be loaded.
-      CheckpointMismatch: a published model whose tensors are not exactly the model's parameters.
-    """
-    if quantization not in (None, "int8"):
-        raise InputError(f"quantization must be int8 or None, not {quantization!r}")
-    run = configuration.run_directory(path)
-    ours = (run / "config.yaml").exists()
-    if not ours and not checkpoints.is_foreign(path):
-        raise InputError(f"{path} is not a run directory (it has no config.yaml), nor {checkpoints.KINDS}")
-    if ours and (allow_missing or allow_unused):
-        raise InputError(f"allow_missing and allow_unused are for Hugging Face directories; {path} is a run of ours")
-    if config is None:
-        config = configuration.resolve(run / "config.yaml").config.model if ours else checkpoints.read_config(path)
-    model = build(config, dtype)
-    if not isinstance(mesh, Mesh):
-        mesh = sharding.make_mesh(mesh) if mesh else sharding.make_mesh("data:1", jax.devices()[:1])
-    sharding.check_divides(mesh, model.config.sharded_sizes())
-    shapes = model.param_shapes()
-    layouts = sharding.tree_shardings(mesh, model.logical_axes(), shapes)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s), shapes, layouts)
-    if not ours:
-        params = checkpoints.load_params(path, config, abstract, allow_missing=allow_missing, allow_unused=allow_unused)
-        try:
-            tokenizer = find_tokenizer(path)
-        except InputError as error:  # the weights are of use without it
-            warnings.warn(f"{path} has a tokenizer that cannot be read, so texts cannot: {error}", stacklevel=2)
-            tokenizer = None
-        checkpoint = None
-    else:
-        params, checkpoint, notes = load_params(path, abstract)
-        for note in notes:
-            warnings.warn(note, stacklevel=2)
-        tokenizer = find_tokenizer(run / "tokenizer")
-    if quantization:
-        params = _quantized(model, params, mesh)
-    generation = _generation(run if ours else path, config)
-    return LanguageModel(model, params, tokenizer, mesh, checkpoint, generation)
-
-
-def _quantized(model: Transformer, params: Any, mesh: Mesh) -> Any:
-    def run(params: Any) -> Any:
-        return quantize(params, model.config)
-
-    axes = quantized_axes(model.logical_axes(), model.config)
-    layouts = sharding.tree_shardings(mesh, axes, jax.eval_shape(run, params))
-    return jax.jit(run, out_shardings=layouts)(params)
-
-
-def _generation(directory: str | Path, config: TransformerConfig) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(GenerationConfig)]
-    settings = checkpoints.read_generation(directory, config, known)
-    try:
-        GenerationConfig.from_settings({}, settings)
-    except InputError as error:  # the weights are of use without them
-        warnings.warn(f"the generation settings of {directory} are left out: {error}", stacklevel=3)
-        return {}
-    return settings
-
-
 def _check_texts(name: str, texts: Sequence[str]) -> None:
     if isinstance(texts, str):
         raise InputError(f"{name} takes a list of texts: [{texts[:40]!r}], not {texts[:40]!r}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"{name} takes texts, not {str(text)[:40]} ({type(text).__name__})")
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{name} must be at least 1, not {value}")
+
+
+def _row_numbers(row_ids: Any, rows: int) -> np.ndarray:
+    numbers = np.arange(rows) if row_ids is None else np.asarray(row_ids)
+    if numbers.shape != (rows,):
+        raise InputError(f"row_ids must be {rows} numbers, one for each row, not {numbers.size}")
+    return numbers.astype(np.int32)
 
 
 @jax.jit(static_argnums=0)

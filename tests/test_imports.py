@@ -52,6 +52,9 @@ FLOORS = (
     ("decoding", "evaluation"),
     ("training",),
     ("language_model",),
+    ("loading",),
+    ("batch_inference",),
+    ("benchmarking",),
     ("cli",),
     ("__init__", "__main__"),
 )

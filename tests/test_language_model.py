@@ -198,6 +198,39 @@ def test_what_cannot_be_generated_is_said_in_one_line(lm: LanguageModel) -> None
     lm.check_input(TEXTS[0])
 
 
+def test_one_token(lm: LanguageModel) -> None:
+    for settings in ({}, {"num_beams": 3}, {"do_sample": True}):
+        answers = lm.generate_scored(TEXTS, max_new_tokens=1, **settings)
+        assert [answer.num_tokens for (answer,) in answers] == [1, 1, 1]
+    assert "".join(lm.stream(TEXTS[0], max_new_tokens=1)) == lm.generate(TEXTS[:1], max_new_tokens=1)[0]
+
+
+def test_bad_calls_are_refused_in_one_line(lm: LanguageModel) -> None:
+    tokens = np.full((2, 5), 7, np.int32)
+    start, none = np.zeros((2, 1), np.int32), np.array([[1], [0]])
+    for batch, message in (
+        ({}, "the batch needs encoder_input_tokens, it has nothing"),
+        ({"decoder_input_tokens": start}, "the batch needs encoder_input_tokens, it has decoder_input_tokens"),
+        (
+            {"encoder_input_tokens": tokens, "decoder_input_tokens": start, "decoder_segment_ids": none},
+            "the prompt of row 1 is empty",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            lm.generate_tokens(batch)
+    with pytest.raises(InputError, match="row_ids must be 2 numbers, one for each row, not 3"):
+        lm.generate_tokens({"encoder_input_tokens": tokens}, row_ids=[0, 1, 2])
+    for name in ("decoder_start_token_id", "eos_token_id", "forced_bos_token_id"):
+        with pytest.raises(InputError, match="token id 100000: the model has embeddings for 384"):
+            lm.generate(TEXTS, **{name: 100000})
+    for size in (0, -1):
+        for call in (lm.generate, lm.embed, lambda texts, batch_size: lm.score(texts, texts, batch_size=batch_size)):
+            with pytest.raises(InputError, match=f"batch_size must be at least 1, not {size}"):
+                call(TEXTS, batch_size=size)
+    with pytest.raises(InputError, match=r"generate takes texts, not None \(NoneType\)"):
+        lm.generate([None])
+
+
 # --- drafts and int8 ------------------------------------------------------------------------------------------------
 
 

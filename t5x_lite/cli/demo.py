@@ -102,7 +102,7 @@ def demonstrate(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     """Trains both models under `out`; returns the numbers, and lines that show what the models say."""
     from t5x_lite.data.tasks import majority_baseline
     from t5x_lite.evaluation.evaluator import generation_metrics
-    from t5x_lite.language_model import load
+    from t5x_lite.loading import load
 
     pretrained = _train("pre-training", resolve(None, [*PRETRAIN, *overrides, f"out={out / 'pretrained'}"]).config)
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from t5x_lite.cli.display import show
     from t5x_lite.evaluation.evaluator import evaluate, generation_metrics
-    from t5x_lite.language_model import load
+    from t5x_lite.loading import load
     from t5x_lite.models import build
     from t5x_lite.sharding import check_divides, make_mesh
     from t5x_lite.training.step import make_eval_step

@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     """Reads and writes."""
     from t5x_lite.cli.display import show
     from t5x_lite.interop import huggingface
-    from t5x_lite.language_model import load
+    from t5x_lite.loading import load
 
     directory = huggingface.new_directory(args.directory)
     lm = load(args.run, dtype=args.dtype)

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--field", default="", help=f"of .jsonl and .tsv (default: the first of {', '.join(_FIELDS)})")
     where = "results as JSON lines, in one file or in shards; the same command goes on where it was stopped"
     files.add_argument("--output", default="", metavar="FILE.jsonl|DIR/", help=where)
-    files.add_argument("--shard-size", type=int, default=1000, help="inputs written together (default 1000)")
+    files.add_argument("--shard-size", type=int, help="inputs written together to --output (default 1000)")
     _add_generation_options(parser)
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     lm = load_model(args, args.run, args.mesh)
     draft = load_model(args, args.draft, lm.mesh) if args.draft else None
     settings = _settings(args)
-    lm.generation_config(**settings)
+    sequences = lm.generation_config(**settings).num_return_sequences
     if source and output:
         return _write_file(args, source, output, lm, draft, settings)
     if len(given) == 1:
@@ -69,11 +69,13 @@ def run(args: argparse.Namespace) -> int:
         print()
         return 0
     failed = count = 0
+    # The draws for texts are those of Python, whose rows begin at 0; for a file they go by the number of the line.
+    first_row = 1 if source else 0
     for part in batches(source.read() if source else given, args.batch_size):
-        for record in generate_records(lm, part, args.batch_size, settings, draft):
+        for record in generate_records(lm, part, args.batch_size, settings, draft, first_row=first_row):
             count += 1
             failed += report_failure(record, args.input)
-            _print(record, args.json)
+            _print(record, args.json, sequences)
     return status(failed, count)
 
 
@@ -83,11 +85,16 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("output", "field"):
         if getattr(args, name) and not args.input:
             raise InputError(f"--{name} {getattr(args, name)} needs --input")
+    for name, needed in {"shard_size": "output", "num_assistant_tokens": "draft"}.items():
+        if getattr(args, name) is not None and not getattr(args, needed):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} needs --{needed}")
     if args.input and args.texts:
         raise InputError(f"--input {args.input} and the text {args.texts[0][:40]!r} exclude each other")
     for name in ("input", "draft", "json"):
         if args.stream and getattr(args, name):
             raise InputError(f"--stream and --{name} exclude each other")
+    if args.json and args.output:
+        raise InputError(f"--json and --output {args.output}, which is JSON always, exclude each other")
 
 
 def _write_file(
@@ -101,7 +108,7 @@ def _write_file(
     from t5x_lite.batch_inference import generate_file
     from t5x_lite.cli.line_progress import LineProgress
 
-    described = {name: getattr(args, name) for name in ("field", "dtype", "quantization", "draft")}
+    described = {name: getattr(args, name) for name in ("field", "dtype", "quantization")}
     with LineProgress("generate", args.input) as observer:
         failed, count = generate_file(
             lm,
@@ -110,19 +117,20 @@ def _write_file(
             described={"path": str(lm.checkpoint or args.run), **described},
             settings=settings,
             batch_size=args.batch_size,
-            shard_size=args.shard_size,
+            shard_size=args.shard_size or 1000,
             draft=draft,
             observer=observer,
         )
     return status(failed, count)
 
 
-def _print(record: dict[str, Any], as_json: bool) -> None:
+def _print(record: dict[str, Any], as_json: bool, sequences: int) -> None:
     if as_json:
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(json.dumps(record, ensure_ascii=False, allow_nan=False), flush=True)
         return
+    outputs = [""] * sequences if "error" in record else record.get("outputs") or [record["output"]]
     # One output a line, also where there is none, or where a model of bytes has written a line break.
-    for output in record.get("outputs", [record.get("output", "")]):
+    for output in outputs:
         print(output.replace("\\", "\\\\").replace("\n", "\\n") if "\n" in output else output, flush=True)
 
 
@@ -130,7 +138,8 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Declares an option for every field of `GenerationConfig`."""
     from t5x_lite.decoding.generation_config import GenerationConfig
 
-    about = "the defaults are the checkpoint's own settings, and without any those of GenerationConfig"
+    about = "the defaults are the checkpoint's own settings, and without any those of GenerationConfig; what is sampled"
+    about += " depends on the seed and the number of the text: its line in a file from 1, otherwise counted from 0"
     group = parser.add_argument_group("how to generate", about)
     texts = _attributes(inspect.getdoc(GenerationConfig) or "")
     for field in dataclasses.fields(GenerationConfig):

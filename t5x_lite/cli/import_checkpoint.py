@@ -55,7 +55,7 @@ def _import(args: argparse.Namespace, out: Path) -> int:
     import jax
 
     from t5x_lite.cli.display import show
-    from t5x_lite.language_model import load
+    from t5x_lite.loading import load
     from t5x_lite.training.checkpoints import save_params
 
     model = resolve(None, [f"init_from={args.source}", *args.settings]).config.model

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from t5x_lite.data.lines import Line, read_line
+from t5x_lite.data.lines import Line, bare, read_line
 from t5x_lite.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,20 +21,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run, one of its checkpoints, or a Hugging Face directory")
     parser.add_argument("--batch-size", type=int, default=32, help="inputs in one batch (default 32)")
     parser.add_argument("--dtype", default="float32", help="of the model: float32 or bfloat16 (default float32)")
-    parser.add_argument("--quantization", choices=["int8"], help="of the weights; default: none")
+    parser.add_argument("--quantization", choices=["int8"], help="of the weights, a draft model's too; default: none")
     parser.add_argument("--mesh", default="", help="such as model:8; default: one device")
 
 
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raises InputError for an argument below 1."""
+    """Raises InputError for an argument below 1; one that is None was not given."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def load_model(args: argparse.Namespace, run: str, mesh: "str | Mesh") -> "LanguageModel":
     """Loads a model as the arguments say; raises InputError if it cannot predict texts."""
-    from t5x_lite.language_model import load
+    from t5x_lite.loading import load
 
     lm = load(run, args.dtype, mesh, quantization=args.quantization)
     lm.require_tokenizer()
@@ -44,8 +45,8 @@ def load_model(args: argparse.Namespace, run: str, mesh: "str | Mesh") -> "Langu
 
 
 def given_lines(texts: Sequence[str]) -> list[Line]:
-    """Returns the texts, or without any the lines of stdin; raises InputError if none of them can be used."""
-    raw = [os.fsencode(text) for text in texts] or list(sys.stdin.buffer)
+    """Returns the texts as they are, or without any the lines of stdin; raises InputError if none can be used."""
+    raw = [os.fsencode(text) for text in texts] or [bare(*line) for line in enumerate(sys.stdin.buffer, 1)]
     lines = [read_line(number, line, lambda text: (text,)) for number, line in enumerate(raw, 1)]
     if not lines:
         raise InputError("there is no input: give texts as arguments, or one a line on stdin")

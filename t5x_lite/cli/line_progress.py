@@ -15,7 +15,7 @@ class LineProgress(Observer):
 
     def __init__(self, description: str, path: str) -> None:
         """Takes a verb and the file."""
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, emoji=False)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(description, total=None)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
             print(_row("line", "nats", "tokens", "perplexity"))
         count += 1
         failed += report_failure(record, args.input)
-        nats += record.get("log_likelihood", 0.0)
+        likelihood = record.get("log_likelihood", 0.0)
+        nats += math.nan if likelihood is None else likelihood
         tokens += record.get("num_tokens", 0)
         _print(record, args.json)
     _print({"examples": count - failed, "failed": failed, **scored(nats, tokens)}, args.json)
@@ -103,15 +105,16 @@ def _open(args: argparse.Namespace, without_input: str | None) -> LineFile:
 
 def _print(record: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(json.dumps(record, ensure_ascii=False, allow_nan=False), flush=True)
         return
     where = record.get("line", "total")
     if "error" in record:
         print(_row(where, "-", "-", "-"))
         return
-    perplexity = record["perplexity"]
-    shown = "-" if perplexity is None else f"{perplexity:.4f}"
-    print(_row(where, f"{record['log_likelihood']:.4f}", record["num_tokens"], shown), flush=True)
+    nats, perplexity = (
+        "-" if record[name] is None else f"{record[name]:.4f}" for name in ("log_likelihood", "perplexity")
+    )
+    print(_row(where, nats, record["num_tokens"], perplexity), flush=True)
 
 
 def _row(*cells: object) -> str:

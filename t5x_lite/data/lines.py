@@ -1,5 +1,6 @@
 """Files whose lines are used one by one: one that cannot be used says why, and the others are read all the same."""
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -12,6 +13,7 @@ from typing import BinaryIO, cast
 
 from t5x_lite.errors import InputError, nearest
 
+_FIELDS_SHOWN, _LETTERS_SHOWN = 10, 40
 _TEXT, _JSON, _TABLE = (".txt", ".text"), (".jsonl", ".json"), (".tsv",)
 
 
@@ -84,7 +86,7 @@ class LineFile:
         """Yields the lines, without the first `start` of them."""
         records = (line for line in self._raw() if self._is_read(*line))
         for number, raw in islice(records, start, None):
-            yield read_line(number, raw, self._values)
+            yield read_line(number, bare(number, raw), self._values)
 
     def _is_read(self, number: int, raw: bytes) -> bool:
         if self._suffix in _TABLE and number == 1:
@@ -101,10 +103,13 @@ class LineFile:
             raise InputError(f"cannot read {self.path}: {' '.join(reason.split())}") from error
 
     def _read_header(self) -> list[str]:
-        first = next((read_line(*line, lambda text: (text,)) for line in self._raw()), None)
+        first = next((read_line(1, bare(*line), lambda text: (text,)) for line in self._raw()), None)
         if first is None or first.error:
             raise InputError(f"{self.path} has no row of names: {first.error if first else 'it is empty'}")
         names = first.values[0].split("\t")
+        if len(set(names)) < len(names):
+            doubled = _shown(next(name for name in names if names.count(name) > 1))
+            raise InputError(f"{self.path}:1: more than one column is called '{doubled}'")
         try:
             _pick(dict.fromkeys(names, ""), self._columns)
         except InputError as error:
@@ -128,17 +133,22 @@ class LineFile:
         return _pick(record, self._columns)
 
 
+def bare(number: int, raw: bytes) -> bytes:
+    """Returns a line of a file without its line break and, if it is the first, without a byte order mark."""
+    start = codecs.BOM_UTF8 if number == 1 else b""
+    return raw.removeprefix(start).removesuffix(b"\r\n").removesuffix(b"\n")
+
+
 def read_line(number: int, raw: bytes, values: Callable[[str], tuple[str, ...]]) -> Line:
     """Returns a line.
 
     Args:
       number: of the line.
-      raw: the line, with or without its line break.
+      raw: what is on it.
       values: what its text says; raises InputError for a text that cannot be used.
     """
     try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        return Line(number, values(text))
+        return Line(number, values(raw.decode()))
     except UnicodeDecodeError as error:
         return Line(number, error=f"not valid UTF-8 (0x{raw[error.start]:02x} at byte {error.start + 1})")
     except InputError as error:
@@ -151,16 +161,24 @@ def _pick(record: Mapping[str, object], columns: Sequence[Column]) -> tuple[str,
         name = next((name for name in column.names if name in record), None)
         if name is None:
             if column.default is None:
-                wanted, known = " or ".join(f"'{name}'" for name in column.names), ", ".join(record) or "none"
-                raise InputError(f"no field {wanted}; the fields are: {known}{nearest(column.names[0], record)}")
+                wanted = " or ".join(f"'{_shown(name)}'" for name in column.names)
+                known = [_shown(name) for name in islice(record, _FIELDS_SHOWN)]
+                listed = ", ".join(known) or "none"
+                more = f" and {len(record) - len(known)} more" if len(record) > len(known) else ""
+                raise InputError(f"no field {wanted}; the fields are: {listed}{more}{nearest(column.names[0], known)}")
             out.append(column.default)
             continue
         value = record[name]
         if not isinstance(value, str):
-            raise InputError(f"field '{name}' is {json.dumps(value)[:40]}, not a text")
+            raise InputError(f"field '{_shown(name)}' is {json.dumps(value)[:40]}, not a text")
         try:
             value.encode()
         except UnicodeEncodeError:  # "\\ud800" alone is valid JSON
-            raise InputError(f"field '{name}' has half of a surrogate pair, which is no character") from None
+            raise InputError(f"field '{_shown(name)}' has half of a surrogate pair, which is no character") from None
         out.append(value)
     return tuple(out)
+
+
+def _shown(name: str) -> str:
+    """Returns the name of a field as a message shows it: short, on one line, in letters of any encoding."""
+    return json.dumps(name)[1:-1][:_LETTERS_SHOWN]

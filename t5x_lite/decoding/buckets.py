@@ -45,7 +45,7 @@ def padded(batch: Mapping[str, Any], config: TransformerConfig, rows_multiple: i
         for key in [key for key in arrays if key.startswith(f"{side}_")]:
             fill = config.fill_id if key.endswith("_tokens") else 0
             short = arrays[key][:, :length]
-            behind = length_bucket(length, config) - short.shape[1]
+            behind = max(length_bucket(length, config) - short.shape[1], 0)  # none behind much padding on the left
             arrays[key] = np.pad(short, ((0, 0), (0, behind)), constant_values=fill)
     rows = len(next(iter(arrays.values())))
     below = bucket(rows, rows_multiple) - rows

@@ -163,6 +163,8 @@ class Decoder:
 
     def advance(self, params: Any, progress: Progress, until: jax.Array | int) -> Progress:
         """Goes on until every sequence has ended or has `until` tokens, which may be N at most."""
+        if self.config.max_new_tokens == 1:  # `begin` has chosen it
+            return progress
 
         def unfinished(progress: Progress) -> jax.Array:
             return (progress.step < until) & self.search.unfinished(progress.search)  # type: ignore[arg-type]

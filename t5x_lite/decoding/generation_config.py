@@ -38,7 +38,7 @@ class GenerationConfig:
       forced_eos_token_id: the token at `max_new_tokens`; None: the model's.
       decoder_start_token_id: the decoder's first input; None: the model's.
       eos_token_id: id or ids that end a sequence; None: the model's; (): none does.
-      stop_strings: texts that end a sequence once they are complete.
+      stop_strings: texts that end a sequence once they are complete in what was generated, of which they remain a part.
       length_penalty: exponent of the length by which beams are compared; above 0.0 favours long ones.
       length_penalty_style: hf: length ** length_penalty; t5: ((5 + length) / 6) ** length_penalty (Wu et al. 2016).
       early_stopping: beam search ends with `num_beams` finished ones (True), when a better one is unlikely (False), or

@@ -72,6 +72,10 @@ _NOT_DONE = (
     "exponential_decay_length_penalty",
     "force_words_ids",
     "constraints",
+    "renormalize_logits",
+    "remove_invalid_values",
+    "top_h",
+    "watermarking_config",
 )
 _IDS = ("eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 

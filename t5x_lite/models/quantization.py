@@ -32,14 +32,7 @@ def quantize(params: Any, config: TransformerConfig) -> Any:
     Raises:
       InputError: they are quantised already.
     """
-
-    def split(weights: jax.Array, summed: int) -> tuple[jax.Array, jax.Array]:
-        weights = jnp.asarray(weights, jnp.float32)
-        largest = jnp.max(jnp.abs(weights), axis=summed, keepdims=True)
-        scale = jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny)  # where all are 0, too
-        return jnp.round(weights / scale).astype(jnp.int8), jnp.squeeze(scale, summed)
-
-    return _with_scales(params, config, split)
+    return _with_scales(params, config, _rounded)
 
 
 def quantized_axes(logical_axes: Any, config: TransformerConfig) -> Any:
@@ -51,6 +44,14 @@ def quantized_axes(logical_axes: Any, config: TransformerConfig) -> Any:
         return names, tuple(kept)
 
     return _with_scales(logical_axes, config, split)
+
+
+@jax.jit(static_argnums=1)
+def _rounded(weights: jax.Array, summed: int) -> tuple[jax.Array, jax.Array]:
+    weights = weights.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(weights), axis=summed, keepdims=True)
+    scale = jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny)  # outputs whose weights are all 0 have one too
+    return jnp.round(weights / scale).astype(jnp.int8), jnp.squeeze(scale, summed)
 
 
 def _with_scales(tree: Any, config: TransformerConfig, split: Callable[[Any, int], tuple[Any, Any]]) -> Any:

@@ -7,24 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from t5x_lite.cli.main import COMMANDS, main
 from t5x_lite.config import RunConfig, flatten
-
-
-@pytest.fixture
-def t5x(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command in this process; returns status, stdout and stderr."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        status = main([str(arg) for arg in argv])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:

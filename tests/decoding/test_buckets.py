@@ -47,3 +47,10 @@ def test_padding_is_cut_and_added_by_bucket(tiny_config: TransformerConfig) -> N
 def test_pads_that_count_as_text_stay(tiny_config: TransformerConfig) -> None:
     given = {"encoder_input_tokens": np.zeros((1, 20), np.int32), "encoder_segment_ids": np.ones((1, 20), np.int32)}
     assert np.sum(padded(given, tiny_config, 1)["encoder_segment_ids"]) == 20
+
+
+def test_more_padding_on_the_left_than_there_are_positions(tiny_config: TransformerConfig) -> None:
+    learned = dataclasses.replace(tiny_config, positions="learned", max_positions=20)
+    tokens = np.pad(np.full((1, 10), 7), ((0, 0), (30, 0)))
+    out = padded({"encoder_input_tokens": tokens}, learned, 1)
+    np.testing.assert_array_equal(out["encoder_input_tokens"], tokens)

@@ -317,4 +317,5 @@ def test_visible_takes_the_place_of_segments_and_order() -> None:
     near = Mask(ALL.query_segments, ALL.key_segments, positions, 4, visible, places).allowed()[:, 0]
     distance = np.abs(np.asarray(positions)[:, :, None] - np.asarray(places)[:, None, :])
     np.testing.assert_array_equal(near, visible & (distance < 4))
-    assert near.any() and (near != visible).any()
+    assert near.any()
+    assert (near != visible).any()
