@@ -108,6 +108,7 @@ def test_records_are_in_the_order_of_the_lines_and_say_what_failed() -> None:
     ]
     # Those of like length together, and only those of the batch that failed once more.
     assert lm.batches == [["a", "aa"], ["boom", "three"], ["boom"], ["three"]]
+    assert generate_records(lm, lines("a", "b"), 2, {}, first_row=0)[1]["output"] == "b 1.0"
     assert generate_records(lm, lines("a"), 2, {"num_return_sequences": 2, "do_sample": True}) == [
         {"line": 1, "input": "a", "outputs": ("a 1.0", "a 1.1"), "scores": (-1.0, -1.0), "num_tokens": (2, 2)}
     ]
@@ -119,6 +120,42 @@ def test_what_fails_for_every_line_is_not_a_line_s_fault() -> None:
     with pytest.raises(InputError, match="another vocabulary"):
         generate_records(Echo(), lines("refuse", "a"), 1, {})
     assert generate_records(Echo(), lines("boom"), 2, {})[0]["error"].startswith("RuntimeError")
+    with pytest.raises(RuntimeError, match="memory"):  # the device has died after a batch
+        generate_records(Echo(), lines("a", "b", "boom 3", "boom 4"), 2, {})
+
+
+def test_no_shard_is_made_of_a_batch_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a\nb\nboom 3\nboom 4\n")
+    with pytest.raises(RuntimeError, match="memory"):
+        generate(LineFile(tmp_path / "x.txt", [Column(("text",))]), f"{tmp_path}/shards/", shard_size=4)
+    assert contents(tmp_path / "shards").keys() == {"manifest.json"}
+
+
+def test_every_error_can_be_written_on_one_line(tmp_path: Path) -> None:
+    class Refusing(Echo):
+        def check_input(self, text: str, **settings) -> None:
+            raise InputError("no\n\ud800")
+
+    (tmp_path / "x.jsonl").write_text('{"\\ud800": "x"}\n{"text": "x"}\n')
+    generate(LineFile(tmp_path / "x.jsonl", [Column(("text",))]), tmp_path / "out.jsonl", Refusing())
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["error"] for record in records] == [
+        "no field 'text'; the fields are: \\ud800",
+        "no \\ud800",
+    ]
+
+
+def test_a_number_that_json_does_not_have_is_none(tmp_path: Path) -> None:
+    class Broken(Echo):
+        def generate_scored(self, texts, **kwargs):
+            return [[Answer(text, score, 2) for score in (float("nan"), -float("inf"), -1.0)] for text in texts]
+
+        def score(self, inputs, targets, *, batch_size) -> Scores:
+            return Scores(np.array([np.nan, -np.inf], np.float32), np.array([1, 1], np.int32))
+
+    assert generate_records(Broken(), lines("a"), 1, {})[0]["scores"] == (None, None, -1.0)
+    for record in score_records(Broken(), [Line(1, ("", "a")), Line(2, ("", "b"))], 2):
+        assert (record["log_likelihood"], record["perplexity"]) == (None, None)
 
 
 def test_scores_of_lines() -> None:
@@ -240,6 +277,28 @@ def test_another_input_model_or_setting_is_refused_by_name(source: LineFile, tmp
             generate(**{"source": source, "output": output, **settings, **changes})
     with pytest.raises(InputError, match="shard_size must be at least 1, not 0"):
         generate(source, output, **settings, shard_size=0)
+
+
+def test_what_has_no_records_yet_may_be_begun_in_another_way(source: LineFile, tmp_path: Path) -> None:
+    class Broken(Echo):
+        def generate_scored(self, texts, **kwargs):
+            raise KeyboardInterrupt
+
+    for output in (f"{tmp_path}/shards/", f"{tmp_path}/out.jsonl"):
+        with pytest.raises(KeyboardInterrupt):
+            generate(source, output, Broken(), dtype="bfloat16")
+        assert generate(source, output)[0] == (3, 7)
+        assert generate(source, output)[0] == (3, 7)
+        with pytest.raises(InputError, match=r'was begun with dtype "float32", not "bfloat16"'):
+            generate(source, output, dtype="bfloat16")
+
+
+def test_a_draft_is_known_by_what_it_is(source: LineFile, tmp_path: Path) -> None:
+    generate(source, f"{tmp_path}/shards/", draft=Echo(seed=1))
+    generate(source, f"{tmp_path}/shards/", draft=Echo(seed=1))
+    for draft in (Echo(seed=2), None):
+        with pytest.raises(InputError, match="was begun with draft "):
+            generate(source, f"{tmp_path}/shards/", draft=draft)
 
 
 def test_nothing_that_was_there_is_overwritten(source: LineFile, tmp_path: Path) -> None:

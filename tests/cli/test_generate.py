@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from t5x_lite import GenerationConfig, language_model
+from t5x_lite import GenerationConfig, loading
+from t5x_lite.cli.line_progress import LineProgress
 from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.language_model import Answer
@@ -75,7 +76,7 @@ class Parrot:
 def parrot(monkeypatch: pytest.MonkeyPatch) -> Parrot:
     """Is loaded instead of any model."""
     parrot = Parrot()
-    monkeypatch.setattr(language_model, "load", parrot.load)
+    monkeypatch.setattr(loading, "load", parrot.load)
     return parrot
 
 
@@ -149,8 +150,39 @@ def test_one_answer_a_line_also_for_a_line_that_fails(t5x, parrot: Parrot, stdin
     ]
 
 
+def test_a_line_that_fails_has_as_many_lines_as_the_others(t5x, parrot: Parrot, stdin) -> None:
+    stdin(b"one\n\xff\ntwo")
+    out = t5x("generate", "run", "--do-sample", "--num-return-sequences", 2)[1]
+    assert out.splitlines() == ["one\\\\0\\n", "one\\\\1\\n", "", "", "two\\\\0\\n", "two\\\\1\\n"]
+
+
+def test_texts_are_taken_as_they_are(t5x, parrot: Parrot, stdin) -> None:
+    texts = ["\ufeffone\r\n", "two\n\n"]
+    out = t5x("generate", "run", *texts, "--json")[1]
+    assert [json.loads(line)["input"] for line in out.splitlines()] == texts
+    stdin("\ufeffone\r\ntwo\r\r\n".encode())
+    out = t5x("generate", "run", "--json")[1]
+    assert [json.loads(line)["input"] for line in out.splitlines()] == ["one", "two\r"]
+
+
 def test_streams(t5x, parrot: Parrot) -> None:
     assert t5x("generate", "run", "hello", "--stream") == (0, "hello\n", "")
+
+
+def test_a_sample_is_the_same_printed_and_streamed(t5x, decoder_run: Path) -> None:
+    argv = "generate", decoder_run, "the", "--do-sample", "--seed", 3, "--temperature", 3.0, "--max-new-tokens", 8
+    assert t5x(*argv, "--stream")[1] == json.loads(t5x(*argv, "--json")[1])["output"] + "\n"
+
+
+def test_what_is_shown_of_a_file_is_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    with LineProgress("generate", "x.txt") as progress:
+        progress.failed(1, "the fields are: :100: [b]")
+    assert capsys.readouterr().err == "t5x-lite: x.txt:1: the fields are: :100: [b]\n"
+
+
+def test_a_score_that_is_not_finite(t5x, parrot: Parrot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parrot, "generate_scored", lambda *args, **kwargs: [[Answer("x", float("nan"), 1)]])
+    assert json.loads(t5x("generate", "run", "hi", "--json")[1])["score"] is None
 
 
 def test_a_file_without_an_output_goes_to_stdout(t5x, parrot: Parrot, tmp_path: Path) -> None:
@@ -174,6 +206,9 @@ def test_a_file_without_an_output_goes_to_stdout(t5x, parrot: Parrot, tmp_path: 
         (["--input", "no.txt"], "cannot read no.txt: No such file"),
         (["--input", "x.pdf"], "x.pdf must end in .txt"),
         (["hi", "--shard-size", 0], "--shard-size must be at least 1, not 0"),
+        (["hi", "--shard-size", 5], "--shard-size 5 needs --output"),
+        (["hi", "--num-assistant-tokens", 5], "--num-assistant-tokens 5 needs --draft"),
+        (["--input", "x.txt", "--output", "o.jsonl", "--json"], "--json and --output o.jsonl"),
         (["hi", "--batch-size", 0], "--batch-size must be at least 1, not 0"),
         (["hi", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
         (["hi", "--suppress-tokens", "7;8"], "argument --suppress-tokens: '7;8' must be ids such as 7 or 7,12"),

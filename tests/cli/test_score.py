@@ -4,9 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import t5x_lite
+from t5x_lite.language_model import LanguageModel, Scores
 
 
 def objects(out: str) -> list[dict]:
@@ -78,6 +80,16 @@ def test_an_input_and_a_target_by_hand(t5x, decoder_run: Path) -> None:
     status, out, err = t5x("score", decoder_run, "the", "too long " * 9)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert "the model has 64" in err
+
+
+def test_a_score_that_is_not_finite(t5x, decoder_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = Scores(np.array([-np.inf], np.float32), np.array([2], np.int32))
+    monkeypatch.setattr(LanguageModel, "score", lambda *args, **kwargs: scores)
+    none = {"log_likelihood": None, "num_tokens": 2, "perplexity": None}
+    status, out, _ = t5x("score", decoder_run, "a text", "--json")
+    assert (status, objects(out)) == (0, [{"line": 1, **none}, {"examples": 1, "failed": 0, **none}])
+    _, row, total = (line.split() for line in t5x("score", decoder_run, "a text")[1].splitlines())
+    assert (row, total) == (["1", "-", "2", "-"], ["total", "-", "2", "-"])
 
 
 @pytest.mark.parametrize(

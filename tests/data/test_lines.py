@@ -25,6 +25,11 @@ def test_text_has_a_text_on_every_line(tmp_path):
         Line(1, ("one",)), Line(2, ("",)), Line(3, (" three\x0cé \u2028 ",)), Line(4, ("four",))
     ]  # fmt: skip
     assert file.count == 4
+    assert [line.values for line in LineFile(written(tmp_path, "r.txt", b"a\r\r\nb\r"), [TEXT]).read()] == [
+        ("a\r",), ("b\r",)
+    ]  # fmt: skip
+    marked = next(LineFile(written(tmp_path, "m.txt", "\ufeffa".encode() + b"\xff"), [TEXT]).read())
+    assert marked.error == "not valid UTF-8 (0xff at byte 2)"
     assert next(LineFile(path, PAIR).read()) == Line(1, ("", "one"))
     with pytest.raises(InputError, match=r"one text a line; inputs and targets of a line go into a file of .jsonl"):
         LineFile(path, [Column(("inputs",)), Column(("targets",))])
@@ -44,12 +49,17 @@ def test_a_bad_line_does_not_keep_the_others_from_being_read(tmp_path):
         b"[" * 100_000,
         b"9" * 5000,
         b"{}",
+        b'{"\\ud800": "x", "inputs\\n": 1, "\xc3\xa9": 1}',
+        json.dumps({f"{n} " + "long " * 9: 1 for n in range(5000)}).encode(),
     ]
     file = LineFile(written(tmp_path, "x.jsonl", b"\n".join(lines)), [TEXT])
     read = {line.number: line.error or line.values[0] for line in file.read()}
     assert read.pop(3).startswith("not a JSON object on one line (")
     assert read.pop(10).startswith("not a JSON object on one line (")
     assert read.pop(11).startswith("not a JSON object on one line (")
+    long = read.pop(14)
+    assert len(long) < 600
+    assert long.endswith("9 long long long long long long long lon and 4990 more")
     assert read == {
         1: "a",
         4: "a JSON list, not an object",
@@ -59,8 +69,14 @@ def test_a_bad_line_does_not_keep_the_others_from_being_read(tmp_path):
         8: "not valid UTF-8 (0xff at byte 11)",
         9: "c",
         12: "no field 'input' or 'text'; the fields are: none",
+        13: r"no field 'input' or 'text'; the fields are: \ud800, inputs\n, \u00e9; did you mean 'inputs\n'?",
     }
-    assert file.count == 11
+    assert file.count == 13
+    bad = next(LineFile(written(tmp_path, "y.jsonl", b'{"a\\n": 1}'), [Column(("a\n",))]).read())
+    assert bad.error == r"field 'a\n' is 1, not a text"
+    half = next(LineFile(written(tmp_path, "y.jsonl", b'{"a\\n": "\\ud800"}'), [Column(("a\n",))]).read())
+    assert half.error.startswith(r"field 'a\n' has half")
+    assert next(LineFile(file.path, [Column(("\ud800\n",))]).read()).error.startswith(r"no field '\ud800\n'")
 
 
 def test_a_table_names_its_columns_first(tmp_path):
@@ -73,6 +89,8 @@ def test_a_table_names_its_columns_first(tmp_path):
     ]
     with pytest.raises(InputError, match=r"x.tsv:1: no field 'target'; the fields are: targets, n; did you mean"):
         LineFile(path, [Column(("target",))])
+    with pytest.raises(InputError, match=r"y.tsv:1: more than one column is called 'b'"):
+        LineFile(written(tmp_path, "y.tsv", b"targets\tb\tb\na\t1\t2\n"), PAIR)
     with pytest.raises(InputError, match=r"has no row of names: not valid UTF-8"):
         LineFile(written(tmp_path, "bad.tsv", b"\xff\na"), PAIR)
 

@@ -10,7 +10,6 @@ from t5x_lite.decoding import Generated, GenerationConfig, generate
 from t5x_lite.errors import InputError
 from t5x_lite.models import PRESETS, TransformerConfig, build
 from t5x_lite.models.transformer import Transformer
-from t5x_lite.sharding import make_mesh, put_batch, tree_shardings
 
 FAMILIES = ("v1_0_config", "tiny_config", "umt5_config")
 NEW_TOKENS = 12
@@ -58,7 +57,7 @@ def ended(tiny_config: TransformerConfig, random_params: Any) -> tuple[Transform
     return config, generate(build(config), params, batch, GREEDY)
 
 
-# --- the cache ------------------------------------------------------------------------------------------------------
+# --- greedy decoding ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,39 +74,6 @@ def test_greedy_decoding_is_the_teacher_forced_argmax(
     assert (out.tokens.shape, out.tokens.dtype, out.scores.dtype) == ((4, NEW_TOKENS), jnp.int32, jnp.float32)
     assert len({tuple(row) for row in np.asarray(out.tokens).tolist()}) == 4
     assert_is_the_argmax(config, params, inputs(), out)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_logits_equal_those_of_the_whole_sequence(
-    family: str, request: pytest.FixtureRequest, random_params: Any
-) -> None:
-    config = request.getfixturevalue(family)
-    model, variables = build(config), {"params": random_params(config)}
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(2, 256, (4, 8)).astype(np.int32)
-    batch = inputs() | {"decoder_input_tokens": tokens}
-    wanted = jax.jit(model.apply)(variables, batch)
-
-    encoded = jax.jit(lambda batch: model.apply(variables, batch, method="encode"))(batch)
-
-    @jax.jit
-    def first(piece: jax.Array) -> Any:
-        part = batch | {"decoder_input_tokens": piece}
-        return model.apply(variables, part, encoded, model.new_cache(4, 8, 9), method="decode")
-
-    @jax.jit
-    def further(piece: jax.Array, cache: Any) -> Any:
-        return model.apply(variables, {"decoder_input_tokens": piece}, cache=cache, method="decode")
-
-    # A prompt of four, then one by one.
-    logits, cache = first(tokens[:, :4])
-    pieces = [logits]
-    for place in range(4, 8):
-        np.testing.assert_array_equal(cache.position, [place] * 4)
-        logits, cache = further(tokens[:, place : place + 1], cache)
-        pieces.append(logits)
-    # Float32 sums over a cache with empty slots, in another order, relative to logits of size 1 to 5.
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1), wanted, atol=1e-5)
 
 
 # --- the end --------------------------------------------------------------------------------------------------------
@@ -160,42 +126,7 @@ def test_ids_beyond_the_tokenizer_are_never_generated(tiny_config: Any, random_p
     np.testing.assert_array_equal(bounded.tokens[:, 0], np.argmax(first[:, :100], axis=-1))
 
 
-# --- prompts --------------------------------------------------------------------------------------------------------
-
-
-def test_ragged_prompts_continue_as_each_would_alone(tiny_config: TransformerConfig, random_params: Any) -> None:
-    model, params = build(tiny_config), random_params(tiny_config)
-    rng = np.random.default_rng(2)
-    sizes = (1, 5, 2, 5)
-    prompts = np.zeros((4, 5), np.int32)
-    prompts[:, 1:] = rng.integers(2, 256, (4, 4))
-    segments = (np.arange(5)[None, :] < np.array(sizes)[:, None]).astype(np.int32)
-    prompts *= segments  # row 0 has the start token alone
-    together = generate(
-        model, params, inputs() | {"decoder_input_tokens": prompts, "decoder_segment_ids": segments}, GREEDY
-    )
-    assert np.all(together.lengths <= NEW_TOKENS)
-    for row in (0, 2):  # the padded ones
-        size = sizes[row]
-        alone_batch = {name: value[row : row + 1] for name, value in inputs().items()}
-        alone = generate(model, params, alone_batch | {"decoder_input_tokens": prompts[row : row + 1, :size]}, GREEDY)
-        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
-        np.testing.assert_allclose(together.scores[row], alone.scores[0], rtol=1e-4)
-
-
-# --- meshes and errors ----------------------------------------------------------------------------------------------
-
-
-def test_a_mesh_generates_the_same(tiny_config: Any, random_params: Any) -> None:
-    model, params = build(tiny_config), random_params(tiny_config)
-    wanted = generate(model, params, inputs(), GREEDY)
-    mesh = make_mesh("data:4,model:2")
-    spread = jax.device_put(params, tree_shardings(mesh, model.logical_axes(), params))
-    with jax.set_mesh(mesh):
-        got = generate(model, spread, put_batch(mesh, inputs()), GREEDY)
-    np.testing.assert_array_equal(got.tokens, wanted.tokens)
-    np.testing.assert_array_equal(got.lengths, wanted.lengths)
-    np.testing.assert_allclose(got.scores, wanted.scores, rtol=1e-4)
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [0, -3])

@@ -77,14 +77,18 @@ def inputs(lm: LanguageModel, reference: Arrays) -> Arrays:
     return {ours: reference[theirs] for ours, theirs in names.items() if theirs in reference}
 
 
-def greedy(lm: LanguageModel, rows: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+def answers(lm: LanguageModel, rows: Sequence[list[int]], config: GenerationConfig) -> list[list[int]]:
     """Returns the answers to rows of ids, which are padded on the right to one batch, up to and with EOS."""
     side = "encoder" if lm.config.num_encoder_layers else "decoder"
     # Of one width, so that fewer programs are compiled.
     laid = decoder_batch([(row, []) for row in rows], rows=len(rows), length=WIDTH, pad_id=lm.config.fill_id)
     batch = {f"{side}_{name}": laid[f"decoder_{name}"] for name in ("input_tokens", "segment_ids")}
-    made = lm.generate_tokens(batch, GenerationConfig(max_new_tokens=new_tokens))
+    made = lm.generate_tokens(batch, config)
     return [row[:size].tolist() for row, size in zip(np.asarray(made.tokens), np.asarray(made.lengths), strict=True)]
+
+
+def greedy(lm: LanguageModel, rows: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+    return answers(lm, rows, GenerationConfig(max_new_tokens=new_tokens))
 
 
 def loss(lm: LanguageModel, batch: Arrays) -> float:
@@ -172,6 +176,30 @@ def test_greedy_tokens_of_the_converted_t5x_model(load: Load) -> None:
     texts = said(T5X)
     together = greedy(load(T5X), [text["input_ids"] for text in texts], 16)
     assert [[0, *ids] for ids in together] == [text["greedy"] for text in texts]
+
+
+# --- beam search ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "new_tokens", "early_stopping"), [(BART, 40, True), (GPT2, 60, True), (LLAMA, 40, True), (T5X, 16, False)]
+)
+def test_beam_search_finds_what_transformers_finds(
+    name: str, new_tokens: int, early_stopping: bool, load: Load
+) -> None:
+    lm, texts = load(name), said(name)
+    config = GenerationConfig(max_new_tokens=new_tokens, num_beams=4, early_stopping=early_stopping)
+    rows = [text["input_ids"] for text in texts]
+    # What transformers stores begins with the prompt, or with the decoder's start token.
+    wanted = [
+        text["beam4"][1:] if lm.config.num_encoder_layers else text["beam4"][len(row) :]
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    same = wanted == [text["greedy"][-len(row) :] for text, row in zip(texts, wanted, strict=True)]
+    assert same == (name == BART)  # which is sure of how words sound
+    assert answers(lm, rows, config) == wanted
+    for row, ids in zip(rows, wanted, strict=True):
+        assert answers(lm, [row], config) == [ids]
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,302 @@
+"""How fast t5x_lite generates beside transformers + torch on the same CPU, in pairs of runs that alternate.
+
+    python -m venv peer && peer/bin/pip install torch==2.13.0 transformers==5.23.0  # once, in its own environment
+    python benchmarks/decode_vs_transformers.py --peer-python peer/bin/python
+
+Two processes, one for each library, hold the same shapes with random weights and wait; this one lets them generate in
+turn, A B, B A, A B, ..., so that whatever else the machine does meets both. A line of JSON per cell: the median of the
+paired ratios (above 1: t5x_lite generates more tokens per second), the least and the greatest of them, and the median
+tokens per second of each, B * N / time of the whole call, reading the input included. Beams count once.
+
+Both use the same cores, float32, a cache, and as many steps. The peer runs in eager mode at its best:
+`torch.inference_mode`, its default (fused) attention, and no end token, so that nothing is checked for one. Cells whose
+name ends in bfloat16 compare t5x_lite with bfloat16 weights to itself in float32. `roofline_share` is of t5x_lite's
+tokens per second; see `t5x_lite/benchmarking.py`.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+SHAPES = ("t5-small", "gpt2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A comparison: shapes, strategy, batch size, and whether it is with bfloat16 weights to float32 or to the peer."""
+
+    model: str
+    strategy: str
+    batch_size: int
+    bfloat16: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.strategy}/{self.batch_size}" + ("/bfloat16" if self.bfloat16 else "")
+
+
+CELLS = [
+    *(Cell(model, how, rows) for model in SHAPES for how in ("greedy", "beam4") for rows in (1, 8)),
+    *(Cell(model, "greedy", 1, bfloat16=True) for model in SHAPES),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--peer-python", help="of an environment with torch and transformers; cells of ours alone need none"
+    )
+    parser.add_argument("--cells", default="*", help="names or patterns with a *, separated by commas; default: all")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of runs for a cell (default 7)")
+    parser.add_argument("--input-length", type=int, default=128, help="tokens of an input or prompt (default 128)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default 64)")
+    parser.add_argument("--threads", type=int, default=2, help="cores that both use, in turn (default 2)")
+    parser.add_argument("--quick", action="store_true", help="2 rounds, 16 tokens read and 8 generated: does it run?")
+    parser.add_argument("--list", action="store_true", help="print the names of the cells")
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.input_length, args.new_tokens = 2, 16, 8
+    for name in ("rounds", "input_length", "new_tokens", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.input_length + args.new_tokens > 1024:
+        parser.error(f"--input-length and --new-tokens together must be at most 1024, the positions of {SHAPES[1]}")
+    if args.worker:
+        serve(WORKERS[args.worker](args))
+        return 0
+    if args.list:
+        print("\n".join(cell.name for cell in CELLS))
+        return 0
+    patterns = args.cells.split(",")
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in CELLS):
+            parser.error(f"--cells '{pattern}' is none of {', '.join(cell.name for cell in CELLS)}")
+    cells = [cell for cell in CELLS if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)]
+    with_peer = not all(cell.bfloat16 for cell in cells)
+    if with_peer and not (args.peer_python and Path(args.peer_python).is_file()):
+        parser.error(f"--peer-python must be the interpreter of the peer's environment, not {args.peer_python}")
+    ours = Process(sys.executable, "ours", args)
+    peer = Process(args.peer_python, "peer", args) if with_peer else None
+    for cell in cells:
+        print(json.dumps(compare(cell, ours, ours if cell.bfloat16 else peer, args)), flush=True)
+    return 0
+
+
+def compare(cell: Cell, ours: "Process", other: "Process | None", args: argparse.Namespace) -> dict[str, Any]:
+    """Runs a cell and returns its line."""
+    assert other is not None
+    shape = {"model": cell.model, "strategy": cell.strategy, "batch_size": cell.batch_size}
+    sides = [
+        (ours, ours.ask("prepare", **shape, dtype="bfloat16" if cell.bfloat16 else "float32")),
+        (other, other.ask("prepare", **shape, dtype="float32")),
+    ]
+    times: list[list[float]] = [[], []]
+    for number in range(args.rounds):
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            process, key = sides[side]
+            times[side].append(process.ask("run", key=key))
+    tokens = cell.batch_size * args.new_tokens
+    ratios = [theirs / mine for mine, theirs in zip(*times, strict=True)]
+    mine, theirs = (tokens / median(seconds) for seconds in times)
+    report = ours.ask("report", key=sides[0][1], seconds=median(times[0]))
+    for process, key in sides:
+        process.ask("forget", key=key)
+    return {
+        "benchmark": "decode_vs_transformers",
+        "cell": cell.name,
+        "input_length": args.input_length,
+        "new_tokens": args.new_tokens,
+        "rounds": args.rounds,
+        "ratio": round(median(ratios), 3),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+        "tokens_per_second": round(mine, 2),
+        "other_tokens_per_second": round(theirs, 2),
+        "other": "t5x_lite float32" if cell.bfloat16 else "transformers",
+        **{key: report[key] for key in ("compile_seconds", "step_bytes", "copy_bytes_per_second", "roofline_share")},
+        "machine": machine(args.threads),
+        "versions": ours.versions | other.versions,
+    }
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Returns what the numbers were measured on."""
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "system": platform.system(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+class Process:
+    """A library in a process of its own, which answers one line of JSON with another."""
+
+    def __init__(self, python: str, worker: str, args: argparse.Namespace):
+        options = ("input_length", "new_tokens", "threads")
+        words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in options]
+        offline = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        self._worker = worker
+        self._process = subprocess.Popen(
+            [python, __file__, "--worker", worker, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | offline,
+        )
+        self.versions = self.ask("versions")
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """Returns the answer."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(json.dumps({"what": what, **arguments}) + "\n")
+            stdin.flush()
+            answer = stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            sys.exit(f"the process of {self._worker} has ended; what it said last is above")
+        return json.loads(answer)
+
+
+def serve(library: Any) -> None:
+    """Answers what comes on stdin, until it ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    prepared: dict[int, Any] = {}
+    for line in sys.stdin:
+        message = json.loads(line)
+        what, key = message.pop("what"), message.pop("key", None)
+        answer: Any = None
+        if what == "versions":
+            answer = library.versions()
+        elif what == "prepare":
+            answer = max(prepared, default=0) + 1
+            prepared[answer] = library.prepare(**message)
+        elif what == "run":
+            answer = prepared[key].seconds()
+        elif what == "report":
+            answer = prepared[key].report(**message, bandwidth=library.bandwidth())
+        elif what == "forget":
+            del prepared[key]
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+class Ours:
+    """t5x_lite."""
+
+    def __init__(self, args: argparse.Namespace):
+        if hasattr(os, "sched_setaffinity"):  # XLA takes a thread for every core it may use
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        from t5x_lite import benchmarking
+
+        self._library, self._args, self._models = benchmarking, args, {}
+
+    def versions(self) -> dict[str, str]:
+        return {name: metadata.version(name) for name in ("t5x_lite", "jax", "jaxlib")}
+
+    def bandwidth(self) -> float:
+        import jax
+
+        return self._library.copy_bandwidth(jax.devices()[:1])
+
+    def prepare(self, model: str, strategy: str, batch_size: int, dtype: str) -> Any:
+        cell = self._library.Cell(strategy, batch_size, self._args.input_length, self._args.new_tokens)
+        if (model, dtype) not in self._models:
+            self._models[model, dtype] = self._library.open_model(model, dtype)
+        return self._library.Decoding(self._models[model, dtype], cell)
+
+
+class Peer:
+    """transformers and torch."""
+
+    def __init__(self, args: argparse.Namespace):
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        import torch
+        import transformers
+
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
+        transformers.logging.set_verbosity_error()
+        self._args, self._models = args, {}
+
+    def versions(self) -> dict[str, str]:
+        return {name: metadata.version(name) for name in ("torch", "transformers")}
+
+    def prepare(self, model: str, strategy: str, batch_size: int, dtype: str) -> Any:
+        if model not in self._models:
+            self._models[model] = self._build(model)
+        beams = 1 if strategy == "greedy" else int(strategy.removeprefix("beam"))
+        return PeerDecoding(self._models[model], beams, batch_size, self._args)
+
+    def _build(self, name: str) -> Any:
+        from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+        if name == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config())
+        else:
+            sizes = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+            config = T5Config(**sizes, feed_forward_proj="relu", decoder_start_token_id=0)
+            model = T5ForConditionalGeneration(config)
+        model.eval()
+        model.generation_config.eos_token_id = None  # nothing ends early, and nothing looks for an end
+        model.generation_config.pad_token_id = 0
+        return model
+
+
+class PeerDecoding:
+    """A cell of the peer, ready to be timed."""
+
+    def __init__(self, model: Any, beams: int, batch_size: int, args: argparse.Namespace):
+        import torch
+
+        self._model, self._beams, self._new_tokens = model, beams, args.new_tokens
+        self._tokens = torch.randint(2, model.config.vocab_size, (batch_size, args.input_length))
+        self._mask = torch.ones_like(self._tokens)
+        self.seconds()
+
+    def seconds(self) -> float:
+        """Generates once and returns how long it took."""
+        import torch
+
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = self._model.generate(
+                self._tokens,
+                attention_mask=self._mask,
+                do_sample=False,
+                num_beams=self._beams,
+                max_new_tokens=self._new_tokens,
+                use_cache=True,
+            )
+        seconds = time.perf_counter() - started
+        read = 1 if self._model.config.is_encoder_decoder else self._tokens.shape[1]
+        assert out.shape == (len(self._tokens), read + self._new_tokens), out.shape
+        return seconds
+
+
+WORKERS = {"ours": Ours, "peer": Peer}
+
+if __name__ == "__main__":
+    sys.exit(main())
