@@ -4,7 +4,9 @@
     python benchmarks/decode_vs_transformers.py --peer-python peer/bin/python
 
 Two processes, one for each library, hold the same shapes with random weights and wait; this one lets them generate in
-turn, A B, B A, A B, ..., so that whatever else the machine does meets both. A line of JSON per cell: the median of the
+turn, A B, B A, A B, ..., so that whatever else the machine does meets both. It does not slow both alike, though: torch
+waits at a barrier after every product, so where other processes want the cores it loses several times more than
+t5x_lite. Ratios count on an idle machine, whose `load_average` stays near `threads`. A line of JSON per cell: the median of the
 paired ratios (above 1: t5x_lite generates more tokens per second), the least and the greatest of them, and the median
 tokens per second of each, B * N / time of the whole call, reading the input included. Beams count once.
 
@@ -137,6 +139,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "load_average": round(os.getloadavg()[0], 2),
         "system": platform.system(),
     }
 

@@ -393,7 +393,8 @@ class LanguageModel:
         return len(batch[needed])
 
     def _check_lengths(self, source: int, prompt: int, config: GenerationConfig) -> None:
-        self._check_length(source, f"the {source} tokens of an input")
+        for length in (source, prompt):
+            self._check_length(length, f"the {length} tokens of a text")
         # The last token is not read again.
         self._check_length(prompt + config.max_new_tokens - 1, f"max_new_tokens {config.max_new_tokens} and the prompt")
 
