@@ -6,9 +6,9 @@
 Two processes, one for each library, hold the same shapes with random weights and wait; this one lets them generate in
 turn, A B, B A, A B, ..., so that whatever else the machine does meets both. It does not slow both alike, though: torch
 waits at a barrier after every product, so where other processes want the cores it loses several times more than
-t5x_lite. Ratios count on an idle machine, whose `load_average` stays near `threads`. A line of JSON per cell: the median of the
-paired ratios (above 1: t5x_lite generates more tokens per second), the least and the greatest of them, and the median
-tokens per second of each, B * N / time of the whole call, reading the input included. Beams count once.
+t5x_lite. Ratios count on an idle machine, whose `load_average` stays near `threads`. A line of JSON per cell: the
+median of the paired ratios (above 1: t5x_lite generates more tokens per second), the least and the greatest of them,
+and the median tokens per second of each, B * N / time of the whole call, reading the input included. Beams count once.
 
 Both use the same cores, float32, a cache, and as many steps. The peer runs in eager mode at its best:
 `torch.inference_mode`, its default (fused) attention, and no end token, so that nothing is checked for one. Cells whose

@@ -1,8 +1,8 @@
 """Speculative decoding: a small draft model proposes tokens, and the model reads all of them in one pass.
 
-A pass over a few tokens takes hardly longer than one over a single token, as both read all of the weights. The result
-is that of the model alone, whatever the draft proposes (Leviathan et al. 2023; Chen et al. 2023); only the time
-depends on how often they agree.
+Where reading the weights is what takes the time, a pass over a few tokens takes little longer than one over a single
+token. The result is that of the model alone, whatever the draft proposes (Leviathan et al. 2023; Chen et al. 2023);
+only the time depends on how often they agree, and on how much smaller the draft is.
 """
 
 from dataclasses import dataclass, replace
