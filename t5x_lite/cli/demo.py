@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
 def demonstrate(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Trains both models under `out`; returns the numbers, and lines that show what the models say."""
-    from t5x_lite.data.tasks import majority_baseline
     from t5x_lite.evaluation.evaluator import generation_metrics
+    from t5x_lite.evaluation.metrics import majority_baseline
     from t5x_lite.loading import load
 
     pretrained = _train("pre-training", resolve(None, [*PRETRAIN, *overrides, f"out={out / 'pretrained'}"]).config)
@@ -132,7 +132,7 @@ def _train(name: str, config: RunConfig) -> "TrainResult":
 
 
 def _write_topics(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    from t5x_lite.data.tasks import stdlib_topic_pairs
+    from t5x_lite.data.stdlib_topics import stdlib_topic_pairs
 
     train, validation = stdlib_topic_pairs()
     folder.mkdir(parents=True)

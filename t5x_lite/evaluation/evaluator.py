@@ -8,10 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5x_lite import sharding
-from t5x_lite.data.tasks import unigram_entropy
 from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.errors import InputError
-from t5x_lite.evaluation.metrics import bits_per_byte, exact_match, perplexity
+from t5x_lite.evaluation.metrics import bits_per_byte, exact_match, perplexity, unigram_entropy
 
 
 def evaluate(

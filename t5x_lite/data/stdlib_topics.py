@@ -1,10 +1,7 @@
-"""Small tasks that need no download, and the baselines a model has to beat."""
+"""A small task that needs no download: naming the package that a text of the standard library is from."""
 
 import collections
 import re
-from collections.abc import Sequence
-
-import numpy as np
 
 from t5x_lite.data.corpus import stdlib_documents
 from t5x_lite.data.pipeline import content_hash
@@ -60,23 +57,3 @@ def stdlib_topic_pairs(
     train.sort(key=lambda pair: content_hash(pair[0], seed))
     validation.sort(key=lambda pair: content_hash(pair[0], seed))
     return train, validation
-
-
-def majority_baseline(targets: Sequence[str]) -> float:
-    """Returns the accuracy, in [0, 1], of always answering the most frequent target; raises InputError for none."""
-    if not targets:
-        raise InputError("no targets to take a majority of")
-    return max(collections.Counter(targets).values()) / len(targets)
-
-
-def unigram_entropy(token_counts: np.ndarray) -> float:
-    """Returns the entropy, in nats a token, of tokens drawn by their counts [vocab]: the loss without context.
-
-    Raises:
-        InputError: if no token is counted.
-    """
-    counts = np.asarray(token_counts, np.float64)
-    if not counts.sum() > 0:
-        raise InputError("no tokens to measure the entropy of")
-    frequencies = counts[counts > 0] / counts.sum()
-    return float(-(frequencies * np.log(frequencies)).sum())

@@ -1,12 +1,12 @@
 import collections
 
-import numpy as np
 import pytest
 
-from t5x_lite.data import tasks
+from t5x_lite.data import stdlib_topics
 from t5x_lite.data.corpus import Document
-from t5x_lite.data.tasks import majority_baseline, stdlib_topic_pairs, unigram_entropy
+from t5x_lite.data.stdlib_topics import stdlib_topic_pairs
 from t5x_lite.errors import InputError
+from t5x_lite.evaluation.metrics import majority_baseline
 
 
 def test_topic_pairs_are_balanced_disjoint_and_do_not_name_their_topic():
@@ -32,7 +32,7 @@ def test_a_text_of_two_classes_is_left_out(monkeypatch):
     texts = [(name, f"text {i} about {name} in general") for name in ("alpha", "beta") for i in "abcdefghij"]
     documents = [Document(text + name[0], "comment", name, f"{name}.module") for name, text in texts]
     documents += [Document(f"both speak of {name}", "comment", name, f"{name}.module") for name in ("alpha", "beta")]
-    monkeypatch.setattr(tasks, "stdlib_documents", lambda: iter(documents))
+    monkeypatch.setattr(stdlib_topics, "stdlib_documents", lambda: iter(documents))
     train, validation = stdlib_topic_pairs(num_classes=2, per_class=10)
     assert (len(train), len(validation)) == (16, 4)
     assert not any("both" in text for text, _ in train + validation)
@@ -58,13 +58,3 @@ def test_topic_pairs_follow_the_seed():
 def test_topic_pairs_that_cannot_be_made(arguments, message):
     with pytest.raises(InputError, match=message):
         stdlib_topic_pairs(**arguments)
-
-
-def test_baselines():
-    assert majority_baseline(["a", "b", "a", "c"]) == 0.5
-    assert unigram_entropy(np.full(8, 5)) == pytest.approx(np.log(8))
-    assert unigram_entropy(np.array([3, 0, 0])) == 0.0
-    assert unigram_entropy(np.array([1, 3])) == pytest.approx(-0.25 * np.log(0.25) - 0.75 * np.log(0.75))
-    for empty in (lambda: majority_baseline([]), lambda: unigram_entropy(np.zeros(3))):
-        with pytest.raises(InputError):
-            empty()
