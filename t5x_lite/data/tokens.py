@@ -1,0 +1,58 @@
+"""Token ids of many texts in one array, and the hash that says which side of a hold-out a record is on."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+
+from t5x_lite.data.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """Token ids of many texts in one array: `flat` [total], uint16 where the vocabulary allows, else int32.
+
+    `offsets` int64 [texts + 1]: text i is `flat[offsets[i]:offsets[i + 1]]`. Both may be memory-mapped files.
+    """
+
+    flat: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each text, int64 [texts]."""
+        return np.diff(self.offsets)
+
+
+def id_type(vocab_size: int) -> str:
+    """Returns the name of the narrowest type that token ids are kept in, `uint16` or `int32`."""
+    return "uint16" if vocab_size <= 2**16 else "int32"
+
+
+def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
+    """Encodes texts, without EOS, a thousand at a time."""
+    dtype = np.dtype(id_type(tokenizer.vocab_size))
+    parts, lengths = [np.zeros(0, dtype)], [0]
+    rest = iter(texts)
+    while chunk := list(itertools.islice(rest, 1000)):
+        encoded = tokenizer.encode_batch(chunk)
+        lengths += map(len, encoded)
+        parts.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype))
+    return Tokens(np.concatenate(parts), np.cumsum(lengths, dtype=np.int64))
+
+
+def content_hash(record: object, seed: int = 0) -> int:
+    """Returns a 64-bit hash of a record's content (its `repr`; for a mapping, in the order of its keys' names)."""
+    content = repr(sorted(record.items()) if isinstance(record, dict) else record)
+    digest = hashlib.blake2b(
+        content.encode(errors="surrogatepass"), digest_size=8, salt=(seed % 2**64).to_bytes(8, "little")
+    )
+    return int.from_bytes(digest.digest(), "little")
