@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -253,7 +251,7 @@ def test_text_to_text_cuts_and_then_appends_eos():
     assert append_eos(np.array([5, 6]), 1).tolist() == [5, 6, 1]
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(TextToText)])
+@pytest.mark.parametrize("field", ["input_length", "target_length"])
 def test_text_to_text_lengths_too_short(field):
     with pytest.raises(InputError, match=f"{field} 1: must be at least 2"):
         TextToText(**({"input_length": 8, "target_length": 8} | {field: 1}))

@@ -1,0 +1,165 @@
+"""Supervised objectives: an answer to an input, where only the answer counts in the loss."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from t5x_lite.data.objectives.example import Example, append_eos, frame
+from t5x_lite.data.objectives.vocabulary import Vocabulary
+from t5x_lite.data.tokenizers import Tokenizer
+from t5x_lite.errors import InputError
+
+_Sides = Literal["encoder_decoder", "decoder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToText:
+    """Supervised text in, text out.
+
+    An encoder-decoder gets each side cut to its length, in the special tokens that its model knows (after the cut, as
+    seqio's `append_eos_after_trim`). A decoder alone gets inputs, targets and EOS in one row, the inputs without weight
+    in the loss; where this is too long, targets and EOS are cut to fit the row, and the inputs to what is left of it.
+    The start token, which stands before the row, takes the place of a BOS.
+
+    Attributes:
+        input_length: the most tokens of the inputs, special ones included; at least 2. Not used for a decoder alone.
+        target_length: the same for the targets; for a decoder alone, the row.
+        sides: the model to train.
+    """
+
+    input_length: int
+    target_length: int
+    sides: _Sides = "encoder_decoder"
+
+    arrays: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+    joined: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_lengths(self)
+
+    def separator(self, vocabulary: Vocabulary) -> tuple[int, ...]:
+        """See `Objective.separator`."""
+        return ()
+
+    def window(self, input_length: int, target_length: int | None, vocabulary: Vocabulary) -> int:
+        """See `Objective.window`: pairs of any length are cut to fit, so that this is only the lengths' sum."""
+        return self.input_length + self.target_length
+
+    def sizes(self, raw: int, vocabulary: Vocabulary) -> tuple[int, int]:
+        """See `Objective.sizes`: the lengths."""
+        return (0 if self.sides == "decoder" else self.input_length), self.target_length
+
+    def check(self, raw: int, vocabulary: Vocabulary) -> None:
+        """See `Objective.check`: EOS for a decoder alone, which else could not end."""
+        if self.sides == "decoder":
+            vocabulary.require_eos()
+
+    def truncated(
+        self, inputs: np.ndarray, targets: np.ndarray, vocabulary: Vocabulary
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns bool [pairs] twice: which inputs and which targets of these lengths in tokens are cut."""
+        if self.sides == "decoder":
+            kept = np.minimum(targets, self.target_length - 1)
+            return inputs > self.target_length - 1 - kept, targets > kept
+        affixes = (vocabulary.prefix_ids, vocabulary.suffix_ids), vocabulary.target_affixes
+        room = [len(prefix) + len(suffix) for prefix, suffix in affixes]
+        return inputs > self.input_length - room[0], targets > self.target_length - room[1]
+
+    def __call__(self, inputs: np.ndarray, targets: np.ndarray, *context: Any) -> Example:
+        """Returns the int tokens `inputs` [n] and `targets` [m] cut to fit, with the special tokens; draws nothing."""
+        vocabulary = context[-1]
+        if self.sides == "decoder":
+            return _row(inputs, append_eos(targets, vocabulary.require_eos(), self.target_length), self.target_length)
+        around = vocabulary.prefix_ids, vocabulary.suffix_ids
+        return Example(
+            frame(inputs, around, self.input_length), frame(targets, vocabulary.target_affixes, self.target_length)
+        )
+
+    def encode(self, pair: tuple[str, str], tokenizer: Tokenizer) -> Example:
+        """Returns a pair of texts as tokens, cut to fit, with the special tokens around them."""
+        inputs, targets = (np.array(ids, np.int32) for ids in tokenizer.encode_batch(list(pair)))
+        return self(inputs, targets, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation of which only the answers count in the loss (instruction tuning).
+
+    A decoder alone reads the conversation in one row, up to its length, and is asked for every answer. An EOS closes
+    it, if it has not got one of its own and was not cut; it counts if the token before it does. An encoder-decoder
+    reads what is before the last answer, without its beginning if that is too long, and says that answer.
+
+    Attributes:
+        input_length: the most tokens of the inputs, special ones included; at least 2. Not used for a decoder alone.
+        target_length: the same for the targets; for a decoder alone, the row.
+        sides: the model to train.
+    """
+
+    input_length: int
+    target_length: int
+    sides: _Sides = "decoder"
+
+    arrays: ClassVar[tuple[str, ...]] = ("tokens", "answer")
+    joined: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_lengths(self)
+
+    def separator(self, vocabulary: Vocabulary) -> tuple[int, ...]:
+        """See `Objective.separator`."""
+        return ()
+
+    def window(self, input_length: int, target_length: int | None, vocabulary: Vocabulary) -> int:
+        """See `Objective.window`: conversations of any length are cut to fit; this is only the lengths' sum."""
+        return self.input_length + self.target_length
+
+    def sizes(self, raw: int, vocabulary: Vocabulary) -> tuple[int, int]:
+        """See `Objective.sizes`: the lengths."""
+        return (0 if self.sides == "decoder" else self.input_length), self.target_length
+
+    def check(self, raw: int, vocabulary: Vocabulary) -> None:
+        """See `Objective.check`: EOS."""
+        vocabulary.require_eos()
+
+    def __call__(
+        self, tokens: np.ndarray, answer: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary
+    ) -> Example:
+        """Returns int `tokens` [n], of which `answer` [n] is 1 on the answers and 0 elsewhere; draws nothing.
+
+        Raises:
+            InputError: for an encoder-decoder, a conversation without an answer.
+        """
+        asked = np.asarray(answer, bool)
+        if self.sides == "decoder":
+            whole, weights = tokens[: self.target_length].astype(np.int32), asked[: self.target_length]
+            eos_id = vocabulary.require_eos()
+            if len(tokens) < self.target_length and len(tokens) and tokens[-1] != eos_id:
+                whole, weights = append_eos(whole, eos_id), np.append(weights, weights[-1])
+            return Example(targets=whole, target_weights=weights.astype(np.float32))
+        if not asked.any():
+            raise InputError("a conversation without an answer: the encoder-decoder has nothing to learn from it")
+        end = int(np.flatnonzero(asked)[-1]) + 1
+        begin = end - int(np.argmin(asked[:end][::-1])) if not asked[:end].all() else 0
+        prefix, suffix = vocabulary.prefix_ids, vocabulary.suffix_ids
+        room = max(self.input_length - len(prefix) - len(suffix), 0)
+        inputs = frame(tokens[max(begin - room, 0) : begin], (prefix, suffix), self.input_length)
+        targets = tokens[begin:end]
+        if len(targets) and targets[-1] == vocabulary.eos_id:  # the suffix has it
+            targets = targets[:-1]
+        return Example(inputs, frame(targets, vocabulary.target_affixes, self.target_length))
+
+
+def _row(prompt: np.ndarray, answer: np.ndarray, length: int) -> Example:
+    whole = np.concatenate([prompt[: length - len(answer)], answer]).astype(np.int32)
+    weights = np.ones(len(whole), np.float32)
+    weights[: len(whole) - len(answer)] = 0
+    return Example(targets=whole, target_weights=weights)
+
+
+def _check_lengths(objective: TextToText | Chat) -> None:
+    if objective.sides not in ("encoder_decoder", "decoder"):
+        raise InputError(f"sides '{objective.sides}': allowed are encoder_decoder, decoder")
+    for name in ("input_length", "target_length"):
+        if getattr(objective, name) < 2 and (objective.sides != "decoder" or name == "target_length"):
+            raise InputError(f"{name} {getattr(objective, name)}: must be at least 2, one token and EOS")
