@@ -1,9 +1,11 @@
-"""Token ids of many texts in one array, and the hash that says which side of a hold-out a record is on."""
+"""Token ids of many texts in one array, and the hashes that tell texts and tokenizers apart."""
 
 import dataclasses
 import hashlib
 import itertools
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -47,6 +49,17 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
         lengths += map(len, encoded)
         parts.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype))
     return Tokens(np.concatenate(parts), np.cumsum(lengths, dtype=np.int64))
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """Returns a line that is the same for tokenizers with equal saved files: class, size and a hash of the files."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        for file in sorted(Path(folder).iterdir()):
+            content = file.read_bytes()
+            digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return f"{type(tokenizer).__name__} of {tokenizer.vocab_size} ids, {digest.hexdigest()[:16]}"
 
 
 def content_hash(record: object, seed: int = 0) -> int:
