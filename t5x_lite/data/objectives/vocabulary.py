@@ -30,7 +30,7 @@ class Vocabulary:
         special: bool [vocab_size], the ids that are never masked and never drawn as a random token: those that stand
             for no text, the unknown token among them, and the sentinels.
         word_starts: bool [vocab_size], the ids that begin a word: those that begin with a space, those of punctuation
-            alone (a word of its own, as in BERT), and the special ones. None where a token's text is not known.
+            alone (a word of its own, as in BERT), and the special ones. None where tokens do not show it.
         sentence_ends: bool [vocab_size], the ids that end a sentence: full stop, question mark or exclamation mark,
             with or without a closing quotation mark or bracket. None where a token's text is not known.
         modes: UL2's mode names, for those that the vocabulary can spell, and their ids.
@@ -71,7 +71,8 @@ class Vocabulary:
         if spelled is not None:
             texts = [token.decode(errors="replace") for token in spelled]
             special |= np.array([not text for text in texts], bool)
-            word_starts = special | np.array([_begins_word(text) for text in texts], bool)
+            if any(text[:1].isspace() for text in texts):  # not GPT-1's, whose spaces are at the ends of words
+                word_starts = special | np.array([_begins_word(text) for text in texts], bool)
             sentence_ends = ~special & np.array([_ends_sentence(text) for text in texts], bool)
         return cls(
             vocab_size=tokenizer.vocab_size,
@@ -111,7 +112,7 @@ class Vocabulary:
 
     def require_word_starts(self) -> np.ndarray:
         """Returns `word_starts`; raises InputError if no token is known to begin a word."""
-        if self.word_starts is None or not (self.word_starts & ~self.special).any():
+        if self.word_starts is None:
             raise InputError("whole words: this tokenizer does not show where a word begins; mask tokens instead")
         return self.word_starts
 
