@@ -332,6 +332,8 @@ def _through(records: Iterable[tuple[str, Record]], preprocessor: Preprocessor) 
             results = () if result is None else (result,) if isinstance(result, Mapping) else tuple(result)
         except InputError as error:
             raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
+        except (OSError, MemoryError):  # which are not the record's fault
+            raise
         except Exception as error:
             name = getattr(preprocessor, "__name__", type(preprocessor).__name__)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

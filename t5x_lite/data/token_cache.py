@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,19 +197,25 @@ def build_cache(
         return open_cache(final)
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        _lock_file(final).touch()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InputError(f"'{root}' cannot be a directory of token caches: {error.strerror}") from None
     building = _Building(final.with_name(f"{final.name}.building"), source, encoder, progress)
     with _lock(final, building, patience) as locked:
         if final.is_dir():
             return open_cache(final)
         try:
-            building.prepare(alone=locked)
+            building.directory.mkdir(exist_ok=True)
+            building.tidy(alone=locked)
             building.encode(workers)
             building.join(final)
-        except OSError as error:
-            # Another builder, on a machine that the lock does not reach, has come first and cleared up.
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not final.is_dir():
+        except BaseException as error:
+            building.tidy(alone=locked)
+            # Another builder, on a machine that the lock does not reach, may have come first and cleared up.
+            gone = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+            if not (gone and final.is_dir()):
                 raise
         shutil.rmtree(building.directory, ignore_errors=True)
     return open_cache(final)
@@ -225,9 +231,8 @@ class _Building:
         self._progress = progress
         self._total = len(source.parts)
 
-    def prepare(self, alone: bool) -> None:
-        """Makes the directory; `alone`, clears it of what processes of this machine have left incomplete."""
-        self.directory.mkdir(exist_ok=True)
+    def tidy(self, alone: bool) -> None:
+        """Removes what processes of this machine have left incomplete, if they are surely ended: the lock was got."""
         if alone:
             for path in self.directory.glob(f"*.{host()}-*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -255,9 +260,11 @@ class _Building:
         count, tokens = len(done), sum(done.values())
         self._progress(count, self._total, tokens)
         work = functools.partial(write_part, self._source, self._encoder, self.directory)
-        for _, more in _each(work, missing, workers or self._worth(missing)):
-            count, tokens = count + 1, tokens + more
-            self._progress(count, self._total, tokens)
+        # Closed at once, and with it the processes, if `progress` raises.
+        with contextlib.closing(_each(work, missing, workers or self._worth(missing))) as results:
+            for _, more in results:
+                count, tokens = count + 1, tokens + more
+                self._progress(count, self._total, tokens)
 
     def _worth(self, missing: Sequence[int]) -> int:
         sizes = [getattr(self._source.parts[index], "size", 0) for index in missing]  # 0: not known
@@ -300,7 +307,7 @@ class _Building:
             target.rename(final)
 
 
-def _each(work: Callable[[int], int], pieces: Sequence[int], workers: int) -> Iterator[tuple[int, int]]:
+def _each(work: Callable[[int], int], pieces: Sequence[int], workers: int) -> Generator[tuple[int, int], None, None]:
     if min(workers, len(pieces)) > 1:
         try:
             yield from worker_processes.run(work, pieces, workers)
@@ -311,6 +318,10 @@ def _each(work: Callable[[int], int], pieces: Sequence[int], workers: int) -> It
         yield piece, work(piece)
 
 
+def _lock_file(final: Path) -> Path:
+    return final.with_name(f"{final.name}.lock")
+
+
 @contextlib.contextmanager
 def _lock(final: Path, building: _Building, patience: float) -> Iterator[bool]:
     """Keeps other builders on this machine out; yields whether it does, which not every file system allows.
@@ -319,7 +330,7 @@ def _lock(final: Path, building: _Building, patience: float) -> Iterator[bool]:
     """
     import fcntl
 
-    with final.with_name(f"{final.name}.lock").open("w") as file:
+    with _lock_file(final).open("w") as file:
         locked, seen, deadline = False, -1, 0.0
         while not (locked or final.is_dir()):
             try:
