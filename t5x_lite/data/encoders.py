@@ -185,7 +185,7 @@ class ChatTemplate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatEncoder(_Encoder):
-    """Conversations: features `tokens` and `answers`, which is 1 on the tokens of an answer and its EOS, else 0.
+    """Conversations: features `tokens` and `answer`, which is 1 on the tokens of an answer and its EOS, else 0.
 
     A record has `messages`, a list of `{"role": "system" | "user" | "assistant", "content": text}`; or `prompt` and
     `response`; or `instruction`, `output` and perhaps an `input`, which follows the instruction after a blank line.
@@ -200,7 +200,7 @@ class ChatEncoder(_Encoder):
     template: ChatTemplate = ChatTemplate()
     preprocessors: tuple[Preprocessor, ...] = ()
 
-    features = ("tokens", "answers")
+    features = ("tokens", "answer")
 
     def __post_init__(self) -> None:
         require_eos(self.tokenizer)
