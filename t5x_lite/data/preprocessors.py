@@ -27,7 +27,7 @@ _PUNCTUATION = re.compile("([" + re.escape(string.punctuation) + "])")
 
 
 def apply(preprocessors: Sequence[Preprocessor], where: str, record: Record) -> Iterator[Record]:
-    """Yields what a record becomes, none or more records with the strings `inputs` and `targets`.
+    """Yields what a record becomes, none or more records.
 
     Args:
         preprocessors: applied in this order, each to everything that the one before gave.
@@ -35,24 +35,25 @@ def apply(preprocessors: Sequence[Preprocessor], where: str, record: Record) -> 
         record: it is not changed.
 
     Raises:
-        InputError: the message begins with `where`.
+        InputError: a record that a preprocessor cannot use, whatever it raises; the message begins with `where`.
     """
-    try:
-        yield from _apply(preprocessors, record)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def _apply(preprocessors: Sequence[Preprocessor], record: Record) -> Iterator[Record]:
     if not preprocessors:
-        for name in ("inputs", "targets"):
-            text(record, name)
         yield record
         return
-    result = preprocessors[0](record)
-    successors = () if result is None else (cast("Record", result),) if isinstance(result, dict) else result
+    preprocessor = preprocessors[0]
+    try:
+        result = preprocessor(record)
+        successors = () if result is None else (result,) if isinstance(result, Mapping) else tuple(result)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except (OSError, MemoryError):  # which are not the record's fault
+        raise
+    except Exception as error:
+        name = getattr(preprocessor, "__name__", type(preprocessor).__name__)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{where}: preprocessor {name} failed: {reason}") from error
     for successor in successors:
-        yield from _apply(preprocessors[1:], successor)
+        yield from apply(preprocessors[1:], where, cast("Record", successor))
 
 
 def column(record: Record, name: str) -> Any:
@@ -240,7 +241,7 @@ def question_answer(record: Record) -> Record:
 
 
 def squad_paragraphs(record: Record) -> Iterator[Record]:
-    """Flattens SQuAD's own JSON, an article's `paragraphs` or a whole file's `data`, to what `question_answer` reads."""
+    """Flattens SQuAD's own JSON, an article's `paragraphs` or a file's `data`, to what `question_answer` reads."""
     if "data" in record:
         for article in record["data"]:
             yield from squad_paragraphs(article)
@@ -377,10 +378,10 @@ def _blank_pronoun(words: str, pronoun: str, index: int) -> str:
     # Two texts of the dataset have the word before it marked, or punctuation on it; T5 spells out what becomes of them.
     for place in (index, index + 1):
         if 0 < place < len(parts) and re.fullmatch(re.escape(pronoun) + r"\W*", parts[place]):
-            attached = parts[place][len(pronoun) :]
-            if not attached:
-                return " ".join([*parts[:place], "X", *parts[place + 1 :]])
-            return " ".join([*parts[:place], "X", attached, *parts[place + 1 :]]).strip()
+            before, attached, after = parts[:place], parts[place][len(pronoun) :], parts[place + 1 :]
+            if attached:
+                return " ".join([*before, "X", attached, *after]).strip()
+            return f"{' '.join(before)} X {' '.join(after)}"  # with a space after it where it is the last word
     raise InputError(f"column 'span2_index' holds {index}, where the text does not say '{pronoun}', or begins with it")
 
 

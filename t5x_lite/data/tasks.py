@@ -25,9 +25,9 @@ class Task:
       source: what `sources.open_source` reads for training (`tfds:glue/sst2:train`, a file, a glob, a mapping); None
         for a task that is only evaluated.
       preprocessors: applied to every record in this order (see `preprocessors.apply`); the last gives the strings
-        `inputs` and `targets`. They have to be picklable, for workers to run them.
+        `inputs` and `targets`, and keeps what the metrics need. They have to be picklable, for workers to run them.
       objective: how the pair is trained on; None is text to text.
-      metrics: names in `evaluation.metrics.METRICS`, or `bleu` and `rouge`, which evaluation cannot compute yet.
+      metrics: names in `evaluation.task_metrics.METRICS`, or `bleu` and `rouge`, which evaluation cannot compute yet.
       eval_source: what is read for evaluation; None: nothing is set apart for it.
       labels: the classes by their id, for the metrics that count by class (`f1`: the second is the positive one).
 
@@ -68,6 +68,9 @@ class Task:
         """
         for where, record in records:
             for example in _preprocessors.apply(self.preprocessors, where, record):
+                for side in ("inputs", "targets"):
+                    if not isinstance(example.get(side), str):
+                        raise InputError(f"{where}: task '{self.name}' gives no text '{side}' for this record")
                 yield where, example
 
 
