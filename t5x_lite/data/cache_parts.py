@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from t5x_lite.data.encoders import Encoded, Encoder, Record
+from t5x_lite.data.parts import locate
 from t5x_lite.data.tokens import content_hash
 from t5x_lite.errors import InputError
 
@@ -44,8 +45,10 @@ class PartedSource(Protocol):
         """What is read, each by itself; a part may have a `size` in bytes."""
         ...
 
-    def read(self, index: int, on_skip: Callable[[str, str], None]) -> Iterator[tuple[str, Record]]:
-        """Yields where each record of a part is, and the record."""
+    def read(
+        self, index: int, on_skip: Callable[[str, str], None], columns: Sequence[str]
+    ) -> Iterator[tuple[str, Record]]:
+        """Yields where each record of a part is, and the record, of which only these columns are needed (none: all)."""
         ...
 
 
@@ -72,7 +75,7 @@ def write_part(source: PartedSource, encoder: Encoder, building: Path, index: in
     with removed_on_failure(target):
         with _PartFiles(target, encoder) as files:
             skips = getattr(getattr(source, "reading", None), "on_error", "raise") == "skip"
-            for batch in _batches(source.read(index, files.skip)):
+            for batch in _batches(source.read(index, files.skip, encoder.columns)):
                 files.add(_encode(encoder, batch, files.skip if skips else None))
             tokens = files.finish()
         try:
@@ -102,15 +105,18 @@ def _encode(
 ) -> list[Encoded]:
     try:
         return list(encoder(batch))
-    except InputError:
-        if on_skip is None:
-            raise
+    except InputError as error:
+        failure = error
     out: list[Encoded] = []
     for where, record in batch:  # one by one, to find those that cannot be used
         try:
             out += encoder([(where, record)])
         except InputError as error:
+            if on_skip is None:
+                raise InputError(str(error).replace(where, locate(where), 1)) from error
             on_skip(where, str(error))
+    if on_skip is None:
+        raise failure
     return out
 
 

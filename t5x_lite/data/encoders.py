@@ -51,6 +51,11 @@ class Encoder(Protocol):
         ...
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of a record that it reads; empty for all."""
+        ...
+
+    @property
     def identity(self) -> str:
         """Changes with everything that the ids depend on but the records: tokenizer, settings, preprocessors."""
         ...
@@ -112,6 +117,11 @@ class TextEncoder(_Encoder):
         return ("tokens", "sentences") if self.sentences else ("tokens",)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Encoder`."""
+        return () if self.preprocessors else (self.column,)
+
+    @property
     def types(self) -> tuple[str, ...]:
         """See `Encoder`."""
         return (self._ids, "uint32") if self.sentences else (self._ids,)
@@ -147,6 +157,11 @@ class PairEncoder(_Encoder):
     prefix: str = ""
 
     features = ("inputs", "targets")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Encoder`."""
+        return () if self.preprocessors else (self.inputs, self.targets)
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -201,6 +216,7 @@ class ChatEncoder(_Encoder):
     preprocessors: tuple[Preprocessor, ...] = ()
 
     features = ("tokens", "answer")
+    columns = ()
 
     def __post_init__(self) -> None:
         require_eos(self.tokenizer)

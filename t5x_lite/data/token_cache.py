@@ -1,9 +1,9 @@
 """Text is turned into token ids once, and read from memory-mapped files from then on.
 
 `root/<key>/` is complete or not there at all; the key is a hash of source, encoder and format. While it is being built,
-`root/<key>.building/` has a directory for each part of the source that is done. A part is written under a name of its
-own and then renamed, so whatever ends the building leaves what was complete, and building goes on from there. The parts
-are joined in the source's order: the files do not depend on who built what.
+`root/<key>.<division>.building/` has a directory for each part of the source that is done. A part is written under a
+name of its own and then renamed, so whatever ends the building leaves what was complete, and building goes on from
+there. The parts are joined in the source's order: the files do not depend on who built what.
 
 A lock makes a second builder on the machine wait. On file systems that do not lock between machines two builders do the
 same work twice under different names, and the one that is late takes what the other has finished.
@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import time
 import warnings
@@ -202,7 +203,9 @@ def build_cache(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(f"'{root}' cannot be a directory of token caches: {error.strerror}") from None
-    building = _Building(final.with_name(f"{final.name}.building"), source, encoder, progress)
+    # Parts are told apart by their numbers, so another division of the same source needs another directory.
+    division = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", repr(tuple(source.parts))).encode()).hexdigest()[:8]
+    building = _Building(final.with_name(f"{final.name}.{division}.building"), source, encoder, progress)
     with _lock(final, building, patience) as locked:
         if final.is_dir():
             return open_cache(final)
@@ -217,7 +220,8 @@ def build_cache(
             gone = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
             if not (gone and final.is_dir()):
                 raise
-        shutil.rmtree(building.directory, ignore_errors=True)
+        for path in Path(root).glob(f"{final.name}.*.building"):
+            shutil.rmtree(path, ignore_errors=True)
     return open_cache(final)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from t5x_lite.data import cache_parts, token_cache, worker_processes
 from t5x_lite.data.encoders import PairEncoder, TextEncoder
+from t5x_lite.data.sources import Reading, open_source
 from t5x_lite.data.token_cache import build_cache, cache_key, open_cache
 from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.data.tokens import content_hash, tokenizer_identity
@@ -41,7 +42,7 @@ class Numbers:
     def identity(self):
         return f"numbers {self.parts}"
 
-    def read(self, index, on_skip):
+    def read(self, index, on_skip, columns):
         if self.log:
             (pathlib.Path(self.log) / f"{index}.{os.getpid()}").touch()
         time.sleep(self.seconds)
@@ -49,8 +50,8 @@ class Numbers:
             yield f"part{index}:{n}", {"text": f"{index}.{n} " + "é" * (n % 7)}
 
 class Bad(Numbers):
-    def read(self, index, on_skip):
-        for n, (where, record) in enumerate(super().read(index, on_skip)):
+    def read(self, index, on_skip, columns):
+        for n, (where, record) in enumerate(super().read(index, on_skip, columns)):
             if n % 3 == 1:
                 on_skip(where, "is malformed")
             else:
@@ -117,7 +118,7 @@ def test_a_cache_holds_what_the_encoder_gives(tmp_path, numbers):
     source, tokenizer, calls = numbers.Numbers(), ByteTokenizer(), []
     encoder = TextEncoder(tokenizer)
     cache = build_cache(source, encoder, tmp_path, workers=1, progress=lambda *told: calls.append(told))
-    texts = [r["text"] for part in range(5) for _, r in source.read(part, None)]
+    texts = [r["text"] for part in range(5) for _, r in source.read(part, None, ())]
     ids = [tokenizer.encode(text) for text in texts]
     tokens = cache.features["tokens"]
     assert len(cache) == len(tokens) == 1506
@@ -212,8 +213,8 @@ def test_building_goes_on_where_it_was_ended(tmp_path, numbers, how):
         build_cache(source, TextEncoder(ByteTokenizer()), {str(root)!r}, workers=2)
         """,
     )
-    building = root / f"{cache_key(source, encoder)}.building"
-    wait_for(lambda: len(list(building.glob("part-?????"))) >= 3)
+    wait_for(lambda: len(list(root.glob("*.building/part-?????"))) >= 3)
+    (building,) = root.glob("*.building")
     if how == "kill the builder":
         started.kill()
     else:
@@ -247,16 +248,37 @@ def running(process):
 def test_an_incomplete_part_is_made_again(tmp_path, numbers):
     source, encoder = numbers.Numbers(), TextEncoder(ByteTokenizer())
     whole = contents(build_cache(source, encoder, tmp_path / "whole", workers=1).directory)
-    building = tmp_path / "root" / f"{cache_key(source, encoder)}.building"
-    building.mkdir(parents=True)
-    for index in range(3):
-        cache_parts.write_part(source, encoder, building, index)
+
+    def stop(done, total, tokens):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(source, encoder, tmp_path / "root", workers=1, progress=stop)
+    (building,) = (tmp_path / "root").glob("*.building")
     (building / "part-00000" / "tokens.bin").write_bytes(b"\0\0")  # shorter than it says
     (building / "part-00001" / "part.json").write_text("{")
     calls = []
     cache = build_cache(source, encoder, tmp_path / "root", workers=1, progress=lambda *a: calls.append(a))
-    assert calls[0] == (1, 5, 0)
+    assert calls[0] == (1, 5, 0)  # part 2, which is empty
     assert contents(cache.directory) == whole
+    assert len(os.listdir(tmp_path / "root")) == 2
+
+
+def test_another_division_of_the_same_source(tmp_path, numbers):
+    class Divided(numbers.Numbers):
+        identity = "the same"
+
+    def stop(done, total, tokens):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    encoder = TextEncoder(ByteTokenizer())
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(Divided(parts=(7, 2)), encoder, tmp_path, workers=1, progress=stop)
+    cache = build_cache(Divided(parts=(1, 2)), encoder, tmp_path, workers=1)
+    assert len(cache) == 3
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_a_second_builder_waits_for_the_first(tmp_path, numbers, monkeypatch):
@@ -310,10 +332,10 @@ def test_builders_that_no_lock_keeps_apart_do_not_harm_each_other(tmp_path, numb
         root = tmp_path / f"at {moment}"
 
         class Slow(numbers.Numbers):
-            def read(self, index, on_skip):
+            def read(self, index, on_skip, columns):
                 if index == moment:  # noqa: B023
                     build_cache(numbers.Numbers(), encoder, root, workers=1)  # noqa: B023
-                return super().read(index, on_skip)
+                return super().read(index, on_skip, columns)
 
         def progress(done, total, tokens):
             if moment == "join" and done == total:  # noqa: B023
@@ -330,10 +352,11 @@ def test_what_goes_wrong_with_a_record_is_said_and_the_rest_kept(tmp_path, numbe
 
     def build(preprocessor):
         encoder = TextEncoder(ByteTokenizer(), preprocessors=(preprocessor,))
-        building = tmp_path / f"{cache_key(source, encoder)}.building"
+        root = tmp_path / preprocessor.__name__
         try:
-            return build_cache(source, encoder, tmp_path, workers=workers)
+            return build_cache(source, encoder, root, workers=workers)
         finally:
+            (building,) = root.glob("*.building")
             assert sorted(path.name for path in building.iterdir())[:1] == ["part-00000"]
             assert not [path for path in building.iterdir() if "." in path.name]
 
@@ -362,6 +385,24 @@ def test_processes_end_with_whoever_looks_on(tmp_path, numbers):
     workers = {int(path.name.split(".")[1]) for path in tmp_path.glob("?.*")}
     assert len(workers) == 2
     assert not any(map(running, workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_files_are_named_by_line(tmp_path, workers):
+    lines = [json.dumps({"text": f"line {n}"}) for n in range(1, 2001)]
+    lines[1500] = json.dumps({"txt": "line 1501"})
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    source = open_source(str(tmp_path / "data.jsonl"), part_bytes=10_000)
+    assert len(source.parts) > 3
+    with pytest.raises(
+        InputError, match=rf"^column 'text' is not in {tmp_path}/data\.jsonl:1501; its columns are: txt"
+    ):
+        build_cache(source, TextEncoder(ByteTokenizer()), tmp_path / "a", workers=workers)
+    source = open_source(str(tmp_path / "data.jsonl"), Reading(on_error="skip"), part_bytes=10_000)
+    cache = build_cache(source, TextEncoder(ByteTokenizer()), tmp_path / "b", workers=workers)
+    texts = [ByteTokenizer().decode(cache.features["tokens"][n]) for n in range(1999)]
+    assert texts == [f"line {n}" for n in range(1, 2001) if n != 1501]
+    assert cache.skipped == 1
 
 
 def test_a_process_that_dies(tmp_path, numbers):
@@ -505,7 +546,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, numbers):
         from t5x_lite.data.encoders import Encoded
         from t5x_lite.data.token_cache import build_cache
         class Encoder:
-            features, types, identity, tokenizer_identity = ("tokens",), ("int32",), "", ""
+            features, types, columns, identity, tokenizer_identity = ("tokens",), ("int32",), (), "", ""
             def __call__(self, records):
                 return (Encoded((range(2000),), "", 1) for _ in records)
         for parts in ((500,), (2500, 2500)):
