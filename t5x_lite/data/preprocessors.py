@@ -4,6 +4,7 @@ The formats are those of `t5.data.preprocessors`, to the character, trained chec
 outputs of T5's code are the test. Nothing is put in lower case: the strings go to the tokenizer as they are.
 """
 
+import math
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,13 +81,24 @@ def texts(record: Record, name: str) -> list[str]:
     return [text({name: value}, name) for value in values]
 
 
+def inner(record: Record, name: str) -> Record:
+    """Returns the record within a record; raises InputError where there is none."""
+    value = column(record, name)
+    if not isinstance(value, Mapping):
+        raise InputError(f"column '{name}' holds {value!r:.60}, which has no columns of its own")
+    return dict(value)
+
+
 def number(record: Record, name: str) -> float:
-    """Returns a record's number, which tables may hold as a string; raises InputError where there is none."""
+    """Returns a record's finite number, which tables may hold as a string; raises InputError where there is none."""
     value = column(record, name)
     try:
-        return float(value)
+        found = float(value)
     except (TypeError, ValueError):
-        raise InputError(f"column '{name}' holds {value!r:.60}, which is not a number") from None
+        found = math.nan
+    if not math.isfinite(found):
+        raise InputError(f"column '{name}' holds {value!r:.60}, which is not a number")
+    return found
 
 
 def integer(record: Record, name: str) -> int:
@@ -232,7 +244,7 @@ def question_answer(record: Record) -> Record:
         InputError: no answer; T5 fails on those too.
     """
     question, context = pad_punctuation(text(record, "question")), pad_punctuation(text(record, "context"))
-    answers = [pad_punctuation(answer) for answer in texts(column(record, "answers"), "text")]
+    answers = [pad_punctuation(answer) for answer in texts(inner(record, "answers"), "text")]
     if not answers:
         raise InputError("column 'answers' holds no answer; SQuAD 1.1 has at least one for every question")
     joined = _SPACE.sub(" ", f"question: {question} context: {context}")

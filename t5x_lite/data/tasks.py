@@ -97,8 +97,9 @@ class Mixture:
       temperature: 1 is in proportion to size, larger is more even; the T5 paper tries 2, 4 and 8, mT5 uses 1 / 0.3.
 
     Raises:
-      InputError: no tasks, an unknown name, two different tasks of one name, a rate that is negative, not finite or
-        neither a number nor "proportional", rates that are all 0, a limit below 1, a temperature that is not positive.
+      InputError: no tasks, an unknown name, a task named twice, two different tasks of one name, a rate that is
+        negative, not finite or neither a number nor "proportional", rates that are all 0, a limit below 1, a
+        temperature that is not positive.
     """
 
     members: Members
@@ -110,10 +111,14 @@ class Mixture:
         members = self.members
         if isinstance(members, str | Task | Mixture):
             members = (members,)
-        if not isinstance(members, Mapping):
-            members = dict.fromkeys(members, PROPORTIONAL)
-        # Read once, for an iterator would not be there a second time.
-        object.__setattr__(self, "members", {_resolve(member): rate for member, rate in members.items()})
+        pairs = members.items() if isinstance(members, Mapping) else ((member, PROPORTIONAL) for member in members)
+        resolved: dict[Task | Mixture, float | str] = {}
+        for member, rate in pairs:
+            found = _resolve(member)
+            if found in resolved:
+                raise InputError(f"task or mixture{_quoted(found.name)} is named twice; give it one rate")
+            resolved[found] = rate
+        object.__setattr__(self, "members", resolved)
         if not (isinstance(self.limit, int) and self.limit >= 1):
             raise InputError(f"limit {self.limit!r}: must be at least 1 example")
         if not 0 < self.temperature < math.inf:
