@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from t5x_lite.data.readers import parse_object
 from t5x_lite.errors import InputError, nearest
 
 _FIELDS_SHOWN, _LETTERS_SHOWN = 10, 40
@@ -124,13 +125,7 @@ class LineFile:
             if len(fields) != len(self._header):
                 raise InputError(f"{len(fields)} fields where the first line has {len(self._header)}")
             return _pick(dict(zip(self._header, fields, strict=True)), self._columns)
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"not a JSON object on one line ({getattr(error, 'msg', error)})") from None
-        if not isinstance(record, dict):
-            raise InputError(f"a JSON {type(record).__name__}, not an object")
-        return _pick(record, self._columns)
+        return _pick(parse_object(text), self._columns)
 
 
 def bare(number: int, raw: bytes) -> bytes:

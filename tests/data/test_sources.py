@@ -87,7 +87,7 @@ def test_stdlib():
 
 BAD = {
     "malformed JSON": ("x.jsonl", b'{"a": "1"}\n{"a": \n', r"x\.jsonl:2: not a JSON object"),
-    "JSON that is no object": ("x.jsonl", b"[1]\n", r"x\.jsonl:1: a list"),
+    "JSON that is no object": ("x.jsonl", b"[1]\n", r"x\.jsonl:1: a JSON list, not an object"),
     "half a surrogate pair": ("x.jsonl", b'{"a": "\\ud800"}\n', r"x\.jsonl:1: half of a surrogate pair"),
     "null": ("x.jsonl", b'{"a": "1"}\n{"a": null}\n', r"x\.jsonl:2: column 'a' is null"),
     "column missing later": ("x.jsonl", b'{"a": "1"}\n{"b": "2"}\n', r"column 'a' is not in .*x\.jsonl:2"),
