@@ -73,7 +73,7 @@ def test_a_published_task_reads_a_local_file(tmp_path: Path) -> None:
     file.write_text("extra\tsentence\tlabel\nx\tThe mill turns.\t1\ny\tMill the turns.\t0\nz\tSo?\tunacceptable\n")
     local = task("glue_cola").with_source(str(file), str(file))
     assert (local.source, local.eval_source, local.metrics) == (str(file), str(file), ("matthews_correlation",))
-    made = list(local.examples((str(file), dict(record)) for record in read_records(local.source)))
+    made = list(local.examples((str(file), dict(record)) for record in read_records(str(file))))
     assert [(e["inputs"], e["targets"]) for _, e in made] == [
         ("cola sentence: The mill turns.", "acceptable"),
         ("cola sentence: Mill the turns.", "unacceptable"),
