@@ -126,12 +126,15 @@ class TextEncoder(_Encoder):
         """See `Encoder`."""
         return (self._ids, "uint32") if self.sentences else (self._ids,)
 
+    def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
+        """See `Encoder`."""
+        return ((text,) for text in _texts(_preprocessed(records, self.preprocessors), self.column))
+
     def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
         """See `Encoder`."""
-        texts = [text_of(where, record, self.column) for where, record in _preprocessed(records, self.preprocessors)]
+        texts = [text for text, in self.texts(records)]
         if not self.sentences:
-            for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
-                yield Encoded((ids,), text, len(text))
+            yield from map(Encoded, zip(self.tokenizer.encode_batch(texts), strict=True), texts, map(len, texts))
             return
         divided = [split_sentences(text) for text in texts]
         encoded = iter(self.tokenizer.encode_batch([sentence for parts in divided for sentence in parts]))
@@ -168,12 +171,15 @@ class PairEncoder(_Encoder):
         """See `Encoder`."""
         return (self._ids, self._ids)
 
+    def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
+        """See `Encoder`."""
+        for row in _preprocessed(records, self.preprocessors):
+            (source,), (target,) = _texts([row], self.inputs), _texts([row], self.targets)
+            yield self.prefix + source, target
+
     def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
         """See `Encoder`."""
-        pairs = [
-            (self.prefix + text_of(where, record, self.inputs), text_of(where, record, self.targets))
-            for where, record in _preprocessed(records, self.preprocessors)
-        ]
+        pairs = list(self.texts(records))
         # In one call, so that a tokenizer with threads has all of it to divide among them.
         ids = self.tokenizer.encode_batch([text for pair in pairs for text in pair])
         for n, (source, target) in enumerate(pairs):
@@ -226,23 +232,26 @@ class ChatEncoder(_Encoder):
         """See `Encoder`."""
         return (self._ids, "uint8")
 
-    def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
-        """See `Encoder`."""
-        chats = []
+    def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
+        """See `Encoder`: what is before an answer and the answer, in turns."""
         for where, record in _preprocessed(records, self.preprocessors):
             turns, _ = self._turns(where, _messages(where, record))
             if not turns:
                 raise InputError(f"{where}: the conversation has no message of the assistant")
-            chats.append(turns)
-        encoded = iter(self.tokenizer.encode_batch([text for turns in chats for turn in turns for text in turn]))
-        for turns in chats:
+            yield tuple(text for turn in turns for text in turn)
+
+    def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
+        """See `Encoder`."""
+        chats = list(self.texts(records))
+        encoded = iter(self.tokenizer.encode_batch([text for texts in chats for text in texts]))
+        for texts in chats:
             tokens: list[int] = []
             answers: list[int] = []
-            for _ in turns:
+            for _ in texts[::2]:
                 before, answer = next(encoded), [*next(encoded), require_eos(self.tokenizer)]
                 tokens += before + answer
                 answers += [0] * len(before) + [1] * len(answer)
-            yield Encoded((tokens, answers), turns[0][0], sum(len(text) for turn in turns for text in turn))
+            yield Encoded((tokens, answers), texts[0], sum(map(len, texts)))
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Returns the ids after which the model answers: the conversation so far, up to the marker of the answer.
@@ -331,6 +340,14 @@ def text_of(where: str, record: Record, column: str) -> str:
     if isinstance(value, Mapping | Sequence):
         raise InputError(f"{where}: column '{column}' is a {type(value).__name__}, not a text")
     return str(value)
+
+
+def _texts(records: Iterable[tuple[str, Record]], column: str) -> list[str]:
+    # The usual case without a call: of short lines there are millions.
+    return [
+        value if type(value := record.get(column)) is str else text_of(where, record, column)
+        for where, record in records
+    ]
 
 
 def _preprocessed(
