@@ -232,8 +232,8 @@ def _check_rate(rate: float) -> None:
 
 
 def _count(units: int, rate: float) -> int:
-    # In float32, as fairseq counts: 0.07 of 100 is a little more than 7 in float64.
-    return math.ceil(np.float32(units) * np.float32(rate))
+    # 0.07 of 100 is 7, although floating point makes a little more of it.
+    return math.ceil(units * rate - 1e-6)
 
 
 def _units(tokens: np.ndarray, whole_words: bool, vocabulary: Vocabulary) -> np.ndarray:
