@@ -17,7 +17,7 @@ import numpy as np
 
 from t5x_lite.data.encoders import Encoded, Encoder, Record
 from t5x_lite.data.parts import locate
-from t5x_lite.data.tokens import content_hash
+from t5x_lite.data.tokens import text_hashes
 from t5x_lite.errors import InputError
 
 PART = "part.json"
@@ -92,7 +92,9 @@ def _batches(records: Iterator[tuple[str, Record]]) -> Iterator[list[tuple[str, 
     characters = 0
     for where, record in records:
         batch.append((where, record))
-        characters += sum(len(value) for value in record.values() if isinstance(value, str))
+        for value in record.values():
+            if type(value) is str:
+                characters += len(value)
         if len(batch) == _RECORDS or characters >= _CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -154,8 +156,7 @@ class _PartFiles:
             next(files).write(np.fromiter(itertools.chain.from_iterable(values), kind, total).data)
             next(files).write(lengths.data)
             self._tokens += total * (kind == self._types[0])  # and not the counts or masks that go with them
-        keys = np.fromiter((content_hash(encoded.key) for encoded in batch), little_endian("uint64"), len(batch))
-        self._files[KEYS].write(keys.data)
+        self._files[KEYS].write(text_hashes([encoded.key for encoded in batch]).data)
         sizes = np.fromiter((encoded.size for encoded in batch), little_endian("int64"), len(batch))
         self._files[SIZES].write(sizes.data)
         self._records += len(batch)

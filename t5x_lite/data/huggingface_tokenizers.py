@@ -26,6 +26,7 @@ from t5x_lite.data.tokenizer_files import (
     sentinel_names,
     token_content,
     valid_text,
+    valid_texts,
     write_config,
 )
 from t5x_lite.errors import InputError
@@ -77,7 +78,7 @@ class HuggingFaceTokenizer(OneLanguage):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        valid = [valid_text(text) for text in texts]
+        valid = valid_texts(texts)
         return self._encode(lambda: self._backend.encode_batch_fast(valid, add_special_tokens=False))
 
     def _encode(self, encode: Callable[[], list[Any]]) -> list[list[int]]:

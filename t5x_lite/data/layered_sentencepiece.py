@@ -11,9 +11,11 @@ from t5x_lite.data.tokenizer_files import (
     ModelDirectory,
     family_around,
     flagged,
+    native_threads,
     role_ids,
     until,
     valid_text,
+    valid_texts,
     write_config,
 )
 from t5x_lite.errors import InputError
@@ -167,7 +169,7 @@ class LayeredSentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        batch = self._start.encode([valid_text(text) for text in texts])
+        batch = self._start.encode(valid_texts(texts), num_threads=native_threads())
         return [
             self.encode(text) if self._pattern.search(text) else self._shift(ids)
             for text, ids in zip(texts, batch, strict=True)

@@ -63,7 +63,7 @@ class TokenCache:
     Attributes:
         directory: where it is.
         features: the tokens of each feature of the encoder, one text for each record.
-        keys: uint64 [records], `content_hash` of what decides on which side of a hold-out a record is.
+        keys: uint64 [records], `text_hashes` of what decides on which side of a hold-out a record is.
         sizes: int64 [records], characters.
         digest: SHA-256 of the contents, in hexadecimal.
         skipped: how many records could not be used.

@@ -6,7 +6,8 @@ It also holds the little that every tokenizer does with its ids.
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,20 @@ def valid_text(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode(errors="replace").decode()
     return text
+
+
+def valid_texts(texts: Sequence[str]) -> list[str]:
+    """Returns `valid_text` of every text."""
+    try:
+        "".join(texts).encode()  # all at once, of which nearly always all are valid
+    except UnicodeEncodeError:
+        return [valid_text(text) for text in texts]
+    return list(texts)
+
+
+def native_threads() -> int:
+    """Returns how many threads SentencePiece may use for a batch, -1 for as many as there are cores.
+
+    TOKENIZERS_PARALLELISM=false, which the tokenizers library obeys, is for both of them.
+    """
+    return 1 if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false", "no", "off", "n", "f") else -1

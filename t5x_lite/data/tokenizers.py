@@ -23,9 +23,11 @@ from t5x_lite.data.tokenizer_files import (
     ModelDirectory,
     OneLanguage,
     decode_runs,
+    native_threads,
     sentinel_names,
     until,
     valid_text,
+    valid_texts,
     write_config,
 )
 from t5x_lite.errors import InputError, nearest
@@ -172,7 +174,7 @@ class SentencePieceTokenizer(OneLanguage):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        batch = self._processor.encode([valid_text(text) for text in texts])
+        batch = self._processor.encode(valid_texts(texts), num_threads=native_threads())
         return [self.encode(text) if "<extra_id_" in text else ids for text, ids in zip(texts, batch, strict=True)]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +69,9 @@ def content_hash(record: object, seed: int = 0) -> int:
         content.encode(errors="surrogatepass"), digest_size=8, salt=(seed % 2**64).to_bytes(8, "little")
     )
     return int.from_bytes(digest.digest(), "little")
+
+
+def text_hashes(texts: Sequence[str]) -> np.ndarray:
+    """Returns uint64 [texts]: the 8 bytes of each one's BLAKE2b digest of that size, as a little-endian number."""
+    digests = (hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), np.dtype("<u8"))

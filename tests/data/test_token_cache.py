@@ -18,7 +18,7 @@ from t5x_lite.data.encoders import PairEncoder, TextEncoder
 from t5x_lite.data.sources import Reading, open_source
 from t5x_lite.data.token_cache import build_cache, cache_key, open_cache
 from t5x_lite.data.tokenizers import ByteTokenizer
-from t5x_lite.data.tokens import content_hash, tokenizer_identity
+from t5x_lite.data.tokens import text_hashes, tokenizer_identity
 from t5x_lite.errors import InputError
 
 # What the processes import: a source whose part i has texts "i.0", "i.1", ..., and preprocessors that do harm.
@@ -125,7 +125,7 @@ def test_a_cache_holds_what_the_encoder_gives(tmp_path, numbers):
     assert [tokens[n].tolist() for n in range(1506)] == ids
     assert (tokens.flat.dtype, tokens.offsets.dtype) == (np.uint16, np.int64)
     assert (cache.keys.dtype, cache.sizes.dtype) == (np.uint64, np.int64)
-    assert cache.keys.tolist() == [content_hash(text) for text in texts]
+    assert cache.keys.tolist() == text_hashes(texts).tolist()
     assert cache.sizes.tolist() == [len(text) for text in texts]
     assert not tokens.flat.flags.writeable
     total = sum(map(len, ids))
