@@ -55,6 +55,16 @@ class TextToText:
         if self.sides == "decoder":
             vocabulary.require_eos()
 
+    def lengths(self, inputs: np.ndarray, targets: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """Returns int64 [pairs, 2]: the input and target tokens of examples of texts of these lengths in tokens."""
+        if self.sides == "decoder":
+            row = np.minimum(inputs + targets + 1, self.target_length)
+            return np.stack([np.zeros_like(row), row], axis=1).astype(np.int64)
+        affixes = (vocabulary.prefix_ids, vocabulary.suffix_ids), vocabulary.target_affixes
+        room = [len(prefix) + len(suffix) for prefix, suffix in affixes]
+        kept = np.minimum(inputs + room[0], self.input_length), np.minimum(targets + room[1], self.target_length)
+        return np.stack(kept, axis=1).astype(np.int64)
+
     def truncated(
         self, inputs: np.ndarray, targets: np.ndarray, vocabulary: Vocabulary
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -87,8 +97,8 @@ class Chat:
     """A conversation of which only the answers count in the loss (instruction tuning).
 
     A decoder alone reads the conversation in one row, up to its length, and is asked for every answer. An EOS closes
-    it, if it has not got one of its own and was not cut; it counts if the token before it does. An encoder-decoder
-    reads what is before the last answer, without its beginning if that is too long, and says that answer.
+    it, unless it was cut or ends with a special token of its own; it counts if the token before it does. An
+    encoder-decoder reads what is before the last answer, without its beginning if that is too long, and says the answer.
 
     Attributes:
         input_length: the most tokens of the inputs, special ones included; at least 2. Not used for a decoder alone.
@@ -133,9 +143,8 @@ class Chat:
         asked = np.asarray(answer, bool)
         if self.sides == "decoder":
             whole, weights = tokens[: self.target_length].astype(np.int32), asked[: self.target_length]
-            eos_id = vocabulary.require_eos()
-            if len(tokens) < self.target_length and len(tokens) and tokens[-1] != eos_id:
-                whole, weights = append_eos(whole, eos_id), np.append(weights, weights[-1])
+            if 0 < len(tokens) < self.target_length and not vocabulary.special[tokens[-1]]:
+                whole, weights = append_eos(whole, vocabulary.require_eos()), np.append(weights, weights[-1])
             return Example(targets=whole, target_weights=weights.astype(np.float32))
         if not asked.any():
             raise InputError("a conversation without an answer: the encoder-decoder has nothing to learn from it")

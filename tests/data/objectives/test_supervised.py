@@ -47,6 +47,13 @@ def test_what_is_cut_is_told(vocabulary):
     assert [side.tolist() for side in cut] == [[False, False, True, True, True], [False, False, True, True, False]]
     cut = TextToText(2, 8, "decoder").truncated(inputs, targets, vocabulary)
     assert [side.tolist() for side in cut] == [[False, False, True, True, True], [False, False, False, True, False]]
+    for sides in ("encoder_decoder", "decoder"):
+        objective = TextToText(6, 8, sides)
+        made = [
+            objective(np.full(n, 10), np.full(m, 20), None, vocabulary) for n, m in zip(inputs, targets, strict=True)
+        ]
+        expected = [[0 if ids is None else len(ids) for ids in (e.inputs, e.targets)] for e in made]
+        assert objective.lengths(inputs, targets, vocabulary).tolist() == expected
     for n, m, first, second in zip(inputs, targets, *cut, strict=True):
         example = TextToText(2, 8, "decoder")(np.full(n, 10), np.full(m, 20), None, vocabulary)
         assert ((example.targets == 10).sum() < n, (example.targets == 20).sum() < m) == (first, second)
@@ -71,6 +78,9 @@ def test_a_decoder_learns_every_answer(vocabulary, draws):
     # Closed, if the tokenizer's template did not, with the weight of what it closes.
     assert row(20, CHAT[:9], ASKED[:9]) == (CHAT.tolist(), ASKED.tolist())
     assert row(9, CHAT[:9], ASKED[:9]) == (CHAT[:9].tolist(), ASKED[:9].tolist())
+    # Or with its own token for the end of a turn.
+    turn = np.append(CHAT[:9], 890)
+    assert row(20, turn) == (turn.tolist(), ASKED.tolist())
     assert row(20, CHAT[:6], ASKED[:6]) == ([*CHAT[:6].tolist(), 1], [*ASKED[:6].tolist(), 0])
 
 
