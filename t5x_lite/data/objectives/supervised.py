@@ -98,7 +98,7 @@ class Chat:
 
     A decoder alone reads the conversation in one row, up to its length, and is asked for every answer. An EOS closes
     it, unless it was cut or ends with a special token of its own; it counts if the token before it does. An
-    encoder-decoder reads what is before the last answer, without its beginning if that is too long, and says the answer.
+    encoder-decoder reads what is before the last answer, the end of it if it is too long, and says that answer.
 
     Attributes:
         input_length: the most tokens of the inputs, special ones included; at least 2. Not used for a decoder alone.
