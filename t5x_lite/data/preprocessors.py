@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from t5x_lite.data.parts import Record
 from t5x_lite.errors import InputError, nearest
 
-Record = dict[str, Any]
 Preprocessor = Callable[[Record], Record | Iterable[Record] | None]
 """Gives a record's successor, None to drop it, or several. Picklable: a module's function or a dataclass's instance."""
 
@@ -24,7 +24,7 @@ UNLABELLED = "<unk>"
 
 # RE2, which T5 runs on, knows ASCII's white space and punctuation only (and no vertical tab).
 _SPACE = re.compile(r"[\t\n\f\r ]+")
-_PUNCTUATION = re.compile("([" + re.escape(string.punctuation) + "])")
+_PADDED = str.maketrans({mark: f" {mark} " for mark in string.punctuation})
 
 
 def apply(preprocessors: Sequence[Preprocessor], where: str, record: Record) -> Iterator[Record]:
@@ -130,7 +130,7 @@ def class_name(record: Record, labels: Sequence[str], name: str = "label") -> st
 
 def pad_punctuation(words: str) -> str:
     """Sets a space on both sides of ASCII's punctuation, and makes one of any white space."""
-    return _SPACE.sub(" ", _PUNCTUATION.sub(r" \1 ", words))
+    return _SPACE.sub(" ", words.translate(_PADDED))
 
 
 @dataclass(frozen=True)
