@@ -4,7 +4,7 @@ import collections
 import re
 
 from t5x_lite.data.corpus import stdlib_documents
-from t5x_lite.data.pipeline import content_hash
+from t5x_lite.data.tokens import content_hash
 from t5x_lite.errors import InputError
 
 Pair = tuple[str, str]
