@@ -11,6 +11,8 @@ from t5x_lite.data import parts, storage
 from t5x_lite.data.parts import BATCH_BYTES, OnSkip, Reading, Record, Rows
 from t5x_lite.errors import InputError
 
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
 
 @dataclass(frozen=True)
 class ParquetPart:
@@ -30,7 +32,7 @@ class ParquetPart:
         with parts.readable(self.name, " as Parquet"), storage.open_decompressed(self.name) as stream:
             table = _parquet_file(stream, self.name)
             names = table.schema_arrow.names
-            wanted = list(columns) if columns and set(columns) <= set(names) else None
+            wanted = list(dict.fromkeys(columns)) if columns and set(columns) <= set(names) else None
             first, last = self.groups or (0, table.num_row_groups)
             sizes = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
             number = sum(group.num_rows for group in sizes[:first])
@@ -93,16 +95,19 @@ class ArrowPart:
     def read(self, reading: Reading, bad: OnSkip, columns: tuple[str, ...]) -> Rows:  # noqa: D102
         number = 0
         with parts.readable(self.name, " as Arrow"), _open_arrow(self.name) as stream:
-            for is_ours, batch in self._batches(stream):
-                if is_ours:
-                    wanted = columns if set(columns) <= set(batch.schema.names) else ()
-                    for record in _arrow_records(batch, wanted):
-                        number += 1
-                        yield f"{self.name}:{number}", record
-                else:
+            for part, batch in self._batches(stream):
+                if part > self.index:
+                    return
+                if part < self.index:
                     number += batch.num_rows
+                    continue
+                wanted = columns if set(columns) <= set(batch.schema.names) else ()
+                for record in _arrow_records(batch, wanted):
+                    number += 1
+                    yield f"{self.name}:{number}", record
 
-    def _batches(self, stream: Any) -> Iterator[tuple[bool, Any]]:
+    def _batches(self, stream: Any) -> Iterator[tuple[int, Any]]:
+        """Yields to which part each batch belongs, and the batch (of a local file a view, which reads nothing yet)."""
         import pyarrow
 
         magic = stream.read(6)
@@ -110,8 +115,7 @@ class ArrowPart:
         if magic == b"ARROW1":
             reader = pyarrow.ipc.open_file(stream)
             batches = reader.num_record_batches
-            for batch in range(batches):
-                yield batch * self.count // batches == self.index, reader.get_batch(batch)
+            yield from ((batch * self.count // batches, reader.get_batch(batch)) for batch in range(batches))
             return
         size = stream.size()
         reader = pyarrow.ipc.open_stream(stream)
@@ -121,10 +125,10 @@ class ArrowPart:
                 batch = reader.read_next_batch()
             except StopIteration:
                 break
-            yield start * self.count // size == self.index, batch
+            yield start * self.count // size, batch
         # Without this mark a stream that was cut between two batches would look complete.
-        stream.seek(size - 4)
-        if stream.read(4) != bytes(4):
+        stream.seek(size - len(_END_OF_STREAM))
+        if stream.read() != _END_OF_STREAM:
             raise InputError(f"cannot read '{self.name}' as Arrow: the stream has no end; it was cut short")
 
 
@@ -177,10 +181,11 @@ class ArrayRecordPart:
         total = reader.num_records()
         # The first record says what all are, so that a text in braces among texts is one of them.
         is_json = _is_object(reader.read([0])[0])
-        stop = total if self.stop is None else min(self.stop, total)
-        step = _batch_rows(storage.look_up(self.name).size, total)
-        for start in range(self.start, stop, step):
-            for number, raw in enumerate(reader.read(start, min(start + step, stop)), start + 1):
+        start, stop = self.start, total if self.stop is None else min(self.stop, total)
+        step = 8  # before it is known how large records are
+        while start < stop:
+            batch = reader.read(start, min(start + step, stop))
+            for number, raw in enumerate(batch, start + 1):
                 where = f"{self.name}:{number}"
                 try:
                     if len(raw) > reading.max_record_bytes:
@@ -194,6 +199,8 @@ class ArrayRecordPart:
                     bad(where, str(error))
                 else:
                     yield where, record
+            start += len(batch)
+            step = _batch_rows(sum(map(len, batch)), len(batch))
         reader.close()
 
 
@@ -206,9 +213,8 @@ def array_record_parts(file: storage.StoredFile, part_bytes: int) -> list[ArrayR
     reader = _array_record_reader(file.path)
     total = reader.num_records()
     reader.close()
-    step = max(1, part_bytes * total // file.size)
-    starts = range(0, total, step)
-    return [ArrayRecordPart(file.path, start, min(start + step, total), file.size // len(starts)) for start in starts]
+    spans = parts.spans(total, max(1, part_bytes * total // file.size))
+    return [ArrayRecordPart(file.path, start, stop, file.size // len(spans)) for start, stop in spans]
 
 
 def _array_record_reader(name: str) -> Any:

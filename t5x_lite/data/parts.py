@@ -61,6 +61,12 @@ class Reading:
             raise InputError(f"encoding '{self.encoding}' is unknown; examples: utf-8, utf-16, latin-1, cp1252{hint}")
 
 
+def spans(total: int, size: int) -> list[tuple[int, int]]:
+    """Divides `range(total)` into spans of about equal length, none longer than `size`; returns (start, stop)."""
+    count = -(-total // size)
+    return [(total * index // count, total * (index + 1) // count) for index in range(count)]
+
+
 class Part(Protocol):
     """One stretch of a source: small, picklable, and read by itself.
 
@@ -100,21 +106,27 @@ def judge(reading: Reading, on_skip: OnSkip | None = None) -> OnSkip:
     return bad
 
 
-def locate(where: str) -> str:
-    """Returns `FILE:LINE` for `FILE@BYTE+LINE`, the lines of a file counted from a byte; anything else as it is.
+def locate(message: str) -> str:
+    """Returns a message with `FILE:LINE` for a `FILE@BYTE+LINE` in it, the lines of a file counted from a byte.
 
     The number of a line is known only to who has read all before it, which the reader of a later part has not: this
     reads the file up to there.
     """
-    match = re.fullmatch(r"(.+)@(\d+)\+(\d+)", where)
-    if not match or not storage.is_file(match[1]):
-        return where
-    left, lines = int(match[2]), int(match[3])
-    with storage.open_binary(match[1]) as file:
+    match = re.search(r"@(\d+)\+(\d+)", message)
+    if not match:
+        return message
+    before = message[: match.start()]
+    # A path may hold spaces, and so may what comes before it.
+    starts = [0, *(space.end() for space in re.finditer("[ ']", before))]
+    path = next((before[start:] for start in starts if storage.is_file(before[start:])), None)
+    if path is None:
+        return message
+    left, lines = int(match[1]), int(match[2])
+    with storage.open_binary(path) as file:
         while left and (block := file.read(min(left, 1 << 20))):
             lines += block.count(b"\n")
             left -= len(block)
-    return f"{match[1]}:{lines}"
+    return f"{before}:{lines}{message[match.end() :]}"
 
 
 @contextlib.contextmanager

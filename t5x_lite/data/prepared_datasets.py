@@ -95,18 +95,17 @@ def open_tfds(spec: str, split: str | None, data_dir: str | None, part_bytes: in
         instructions = builder.info.splits[split].file_instructions
     except Exception as error:  # TFDS checks with assertions, KeyError and ValueError, depending on the mistake
         bare = re.match(r"[\w\-]*", split)[0]  # type: ignore[index]
-        reason = "" if bare not in splits else f" ({parts.one_line(error)})"
+        reason = f" ({parts.one_line(error)})" if bare in splits else nearest(bare, splits)
         listed = f"its splits are: {', '.join(splits)}, also sliced as in {splits[0]}[:1%]"
-        raise InputError(f"'{TFDS}{name}' has no split '{split}'{reason}; {listed}{nearest(bare, splits)}") from error
+        raise InputError(f"'{TFDS}{name}' has no split '{split}'{reason}; {listed}") from error
     count = sum(instruction.take for instruction in instructions)
     if not count:
         raise InputError(f"no records in '{TFDS}{found.name}:{split}'")
     names = {re.match(r"[\w\-]*", term)[0] for term in split.split("+")}  # type: ignore[index]
     infos = [builder.info.splits[name] for name in splits if name in names] or list(builder.info.splits.values())
     record = sum(info.num_bytes for info in infos) // max(1, sum(info.num_examples for info in infos)) or 1
-    step = max(1, part_bytes // record)
-    starts = [(start, min(start + step, count)) for start in range(0, count, step)]
-    return found, [TfdsPart(found, start, stop, (stop - start) * record) for start, stop in starts]
+    spans = parts.spans(count, max(1, part_bytes // record))
+    return found, [TfdsPart(found, start, stop, (stop - start) * record) for start, stop in spans]
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
@@ -118,8 +117,9 @@ def _builder(name: str, data_dir: str | None) -> Any:
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except registered.DatasetNotFoundError:
+        others = _others(name, Path(where).expanduser())
         raise InputError(
-            f"'{TFDS}{name}' is not prepared in {where}{_prepared(name, where)}; to prepare it: {_command(name, where)}"
+            f"'{TFDS}{name}' is not prepared in {where}{others}; to prepare it: {_command(name, data_dir)}"
         ) from None
     except Exception as error:  # metadata that is damaged, or the same dataset in several places
         raise InputError(f"cannot open '{TFDS}{name}' in {where}: {parts.one_line(error)}") from error
@@ -132,27 +132,26 @@ def _builder(name: str, data_dir: str | None) -> Any:
     return builder
 
 
-def _command(name: str, where: str) -> str:
+def _command(name: str, data_dir: str | None) -> str:
     # Not `tfds build`, which starts only where TensorFlow is installed.
-    call = f"tfds.data_source('{name}', data_dir='{where}')"
+    call = f"tfds.data_source('{name}'" + (f", data_dir='{data_dir}')" if data_dir else ")")
     return f'python -c "import tensorflow_datasets as tfds; {call}"'
 
 
-def _prepared(name: str, where: str) -> str:
-    """Returns what else is prepared there under a name like this, as part of a message."""
-    root = Path(where).expanduser()
+def _others(name: str, root: Path) -> str:
+    """Returns, as part of a message, what else is prepared there under this name or one like it."""
     dataset = re.split("[/:]", name)[0]
-    if (root / dataset).is_dir():
-        found = sorted(str(file.parent.relative_to(root)) for file in (root / dataset).rglob("dataset_info.json"))
-        return f" (but {', '.join(found[:10])} is)" if found else ""
-    return nearest(dataset, os.listdir(root)) if root.is_dir() else ""
+    found = sorted(str(file.parent.relative_to(root)) for file in (root / dataset).rglob("dataset_info.json"))
+    if found:
+        return f" (but {', '.join(found[:10])} is)"
+    return nearest(dataset, os.listdir(root)).rstrip("?") if root.is_dir() else ""
 
 
 @lru_cache(maxsize=8)
 def _data_source(split: Tfds) -> Any:
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(split.directory)  # pyright: ignore[reportCallIssue]
+    builder: Any = tfds.builder_from_directory(split.directory)
     return builder.as_data_source(split.split, file_format="array_record")
 
 

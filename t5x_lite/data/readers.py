@@ -93,9 +93,8 @@ def line_parts(file: storage.StoredFile, line_format: LineFormat, encoding: str,
         return [whole]
     if line_format == "csv" or (line_format == "json" and _is_array(file.path)):
         return [whole]
-    starts = range(0, file.size, part_bytes)
-    stops = [*starts[1:], file.size]
-    return [LinePart(file.path, line_format, *span, span[1] - span[0]) for span in zip(starts, stops, strict=True)]
+    spans = parts.spans(file.size, part_bytes)
+    return [LinePart(file.path, line_format, start, stop, stop - start) for start, stop in spans]
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -131,19 +130,25 @@ class _Lines:
         for data in self._blocks():
             if not self.position and not number and self.encoding == "utf-8":
                 data = data.removeprefix(codecs.BOM_UTF8)
-            try:
-                if len(data) > self.limit:
-                    raise UnicodeDecodeError(self.encoding, b"", 0, 0, "one line or more may be too long")
-                text = data.decode(self.encoding)
-            except UnicodeDecodeError:
+            lines = self._split(data)
+            if lines is None:
                 yield from self._one_by_one(data, prefix, number)
                 number += data.count(b"\n")
                 continue
-            lines = text.split("\n")
-            if not lines[-1]:
-                lines.pop()
             for number, line in enumerate(lines, number + 1):  # noqa: B020
                 yield f"{prefix}{number}", line
+
+    def _split(self, data: bytes) -> list[str] | None:
+        """Returns the lines of a block, None if one is malformed or may be too long."""
+        if len(data) > self.limit:
+            return None
+        try:
+            lines = data.decode(self.encoding).split("\n")
+        except UnicodeDecodeError:
+            return None
+        if not lines[-1]:
+            lines.pop()
+        return lines
 
     def _one_by_one(self, data: bytes, prefix: str, number: int) -> Iterator[tuple[str, str]]:
         for raw in data.removesuffix(b"\n").split(b"\n"):
@@ -448,8 +453,8 @@ class _ArrayText:
             if not self.more(_PEEKED):
                 return ""
 
-    def element(self) -> Any:
-        """Moves behind the JSON value at the place and returns it."""
+    def element(self) -> tuple[Any, int]:
+        """Moves behind the JSON value at the place and returns it, and its length."""
         size = _PEEKED
         while True:
             try:
@@ -462,8 +467,9 @@ class _ArrayText:
                 is_whole = isinstance(value, dict | list | str) or end < len(self.text)
                 reason = "the JSON array has no end"
             if is_whole:
+                length = end - self.at
                 self.at = end
-                return value
+                return value, length
             if len(self.text) - self.at > self._lines.limit:
                 reason = f"{self._lines.too_long()}, or {reason}"
             elif self.more(size):
@@ -487,8 +493,10 @@ def _array_rows(lines: _Lines) -> Rows:
         if array.next_character() == "]" and separator == "[":
             break
         separator, where = ",", array.where()
-        record = array.element()
+        record, length = array.element()
         try:
+            if length > lines.limit:
+                raise InputError(lines.too_long())
             if not isinstance(record, dict):
                 raise InputError(f"a JSON {type(record).__name__}, not an object")
             _check_characters(record)

@@ -1,7 +1,11 @@
 import gzip
 import io
 import json
+import os
+import platform
 import re
+import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -9,7 +13,7 @@ import pytest
 import zstandard
 
 from t5x_lite.data import sources
-from t5x_lite.data.sources import check_columns, read_records
+from t5x_lite.data.sources import Reading, check_columns, locate, open_source, read_records, select
 from t5x_lite.errors import InputError
 
 ROWS = [{"a": "one, two", "b": "naïve"}, {"a": '"hi" she said', "b": "日本"}]
@@ -144,3 +148,195 @@ def test_check_columns_names_the_columns_and_the_nearest(tmp_path, suffix):
 def test_check_columns_reads_the_first_record_only(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": "1"}\nnot JSON\n')
     check_columns(str(tmp_path / "x.jsonl"), ("a",))
+
+
+def records(spec, **more):
+    return [record for _, record in open_source(spec, **more).records()]
+
+
+def test_a_mapping_says_more_than_a_string(tmp_path):
+    (tmp_path / "x.data").write_bytes("q\ta\nwhy?\tweil\n\xe9\n".encode("latin-1"))
+    spec = {"path": str(tmp_path / "x.data"), "format": "tsv", "encoding": "latin-1", "on_error": "skip"}
+    reasons = []
+    source = open_source(spec | {"columns": {"inputs": "q"}, "split": None})
+    rows = list(source.records(lambda *why: reasons.append(why)))
+    assert rows == [(f"{tmp_path}/x.data:2", {"a": "weil", "inputs": "why?"})]
+    assert reasons == [(f"{tmp_path}/x.data:3", "1 fields where the header has 2 (q, a)")]
+    assert source.reading == Reading("skip", "latin-1")
+    check_columns(source, ("inputs", "a"))
+    with pytest.raises(InputError, match=r"column 'q' is not in .*x\.data; its columns are: a, inputs"):
+        check_columns(source, ("q",))
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    assert records({"path": [f"{tmp_path}/b.txt", f"{tmp_path}/?.txt"]}) == [
+        {"text": name} for name in ("b.txt", "a.txt", "b.txt")
+    ]
+
+
+def test_columns_are_renamed_and_read_by_their_names_in_the_file(tmp_path):
+    rows = [{"question": "q", "answer": "a", "id": 7}]
+    (tmp_path / "x.parquet").write_bytes(parquet_bytes(rows))
+    spec = {"path": str(tmp_path / "x.parquet"), "columns": {"inputs": "question", "again": "question", "answer": "id"}}
+    assert records(spec) == [{"inputs": "q", "again": "q", "answer": 7}]
+    source = open_source(spec | {"columns": {"inputs": "question"}})
+    assert list(source.records(columns=("inputs",))) == [(f"{tmp_path}/x.parquet:1", {"inputs": "q"})]
+    with pytest.raises(InputError, match=r"x\.parquet:1: column 'qestion' is not in the record; .*mean 'question'"):
+        records(spec | {"columns": {"inputs": "qestion"}})
+
+
+MAPPINGS = {
+    "unknown key": ({"pth": "x.txt"}, "a source has no 'pth', allowed: path, format, .*did you mean 'path'"),
+    "no path": ({"format": "text"}, "the path of a source is None"),
+    "empty path": ({"path": ""}, "the path of a source is '', it must be a string or several, not empty"),
+    "format": ({"path": "FILE", "format": "jsonlines"}, "format 'jsonlines' is unknown, allowed: .*mean 'jsonl'"),
+    "encoding": ({"path": "FILE", "encoding": "latin-7000"}, "encoding 'latin-7000' is unknown.*did you mean"),
+    "on_error": ({"path": "FILE", "on_error": "ignore"}, "on_error is 'ignore', allowed: raise, skip"),
+    "max_record_bytes": ({"path": "FILE", "max_record_bytes": "1MB"}, "max_record_bytes is '1MB', it must be an int"),
+    "split": ({"path": "FILE", "split": "train"}, "has no splits; split=train is for tfds: and directories of"),
+    "columns": ({"path": "FILE", "columns": ["a"]}, "'columns' of a source is .*, it must map wanted names"),
+    "data_dir": ({"path": "FILE", "data_dir": 3}, "'data_dir' of a source is 3, it must be a string"),
+}
+
+
+@pytest.mark.parametrize(("spec", "message"), MAPPINGS.values(), ids=MAPPINGS)
+def test_mappings_that_make_no_sense(tmp_path, spec, message):
+    (tmp_path / "x.txt").write_text("x")
+    if spec.get("path") == "FILE":
+        spec = spec | {"path": str(tmp_path / "x.txt")}
+    with pytest.raises(InputError, match=message):
+        open_source(spec)
+
+
+def test_empty_files_among_others_have_no_records(tmp_path):
+    for name, text in {"a.jsonl": "", "b.jsonl": '{"a": 1}\n', "c.jsonl": "\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert records(f"{tmp_path}/*.jsonl") == [{"a": 1}]
+    with pytest.raises(InputError, match=r"no records in '.*a\.jsonl': empty"):
+        open_source(f"{tmp_path}/a.jsonl")
+    with pytest.raises(InputError, match=r"no records in '.*c\.jsonl'"):
+        check_columns(f"{tmp_path}/c.jsonl", ("a",))
+
+
+def test_the_identity_changes_when_the_data_may_have(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"a": 1}\n')
+    os.utime(file, ns=(1, 1))
+    first = open_source(str(file)).identity
+    assert json.loads(first)["data"] == [[[str(file), 9, "1"]]]
+    os.utime(file, ns=(2, 2))
+    touched = open_source(str(file)).identity
+    file.write_text('{"a": 11}\n')
+    os.utime(file, ns=(1, 1))
+    grown = open_source(str(file)).identity
+    os.utime(file, ns=(2, 2))
+    specs = ({"on_error": "skip"}, {"columns": {"b": "a"}}, {"encoding": "latin-1"}, {"format": "text"})
+    others = [open_source({"path": str(file)} | spec).identity for spec in specs]
+    corpus = open_source("stdlib").identity
+    assert len({first, touched, grown, corpus, *others}) == 8
+    file.write_text('{"a": 1}\n')
+    os.utime(file, ns=(1, 1))
+    assert open_source(str(file), part_bytes=2).identity == first
+    assert platform.python_version() in corpus
+
+
+def test_a_path_with_the_home_directory_and_one_relative(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("one\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert records("~/x.txt") == records("x.txt") == [{"text": "one"}]
+    assert open_source("~/x.txt").identity == open_source("x.txt").identity
+
+
+@pytest.fixture
+def store():
+    fsspec = pytest.importorskip("fsspec")
+    filesystem = fsspec.filesystem("memory")
+    yield filesystem
+    filesystem.store.clear()
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", CONTENT)
+def test_remote_files(store, suffix, compression):
+    for name in ("b", "a"):
+        store.pipe(f"/d/{name}{suffix}{compression}", compress(CONTENT[suffix], compression))
+    source = open_source(f"memory://d/*{suffix}{compression}", part_bytes=20)
+    assert [record for _, record in source.records()] == ROWS * 2
+    assert (len(source.parts) > 2) == (not compression and suffix in (".jsonl", ".json", ".tsv"))
+    assert records(f"memory://d/a{suffix}{compression}") == ROWS
+    check_columns(f"memory://d/b{suffix}{compression}", ("a", "b"))
+
+
+def test_remote_arrow_and_saved_datasets(store):
+    table = pyarrow.Table.from_pylist(ROWS * 9)
+    stream = io.BytesIO()
+    with pyarrow.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    store.pipe("/d/saved/data.arrow", stream.getvalue())
+    store.pipe("/d/saved/state.json", json.dumps({"_data_files": [{"filename": "data.arrow"}]}).encode())
+    for spec in ("memory://d/saved", "memory://d/saved/data.arrow"):
+        source = open_source(spec, part_bytes=500)
+        assert len(source.parts) > 1
+        assert [record for _, record in source.records()] == ROWS * 9
+
+
+def test_remote_mistakes(store, monkeypatch):
+    store.pipe("/d/x.jsonl", b'{"a": "1"}\n' * 5 + b"{\n")
+    with pytest.raises(InputError, match=r"memory://d/x\.jsonl:6: not a JSON object"):
+        list(open_source("memory://d/x.jsonl", part_bytes=25).records())
+    identity = open_source("memory://d/x.jsonl").identity
+    store.pipe("/d/x.jsonl", b'{"a": "1"}\n' * 5 + b"{\n")
+    assert open_source("memory://d/x.jsonl").identity != identity
+    store.pipe("/d/x.txt.gz", gzip.compress(b"line\n" * 99)[:-9])
+    with pytest.raises(InputError, match=r"cannot read 'memory://d/x\.txt\.gz'"):
+        records("memory://d/x.txt.gz")
+    for spec in ("memory://d/y.jsonl", "memory://d/*.csv"):
+        with pytest.raises(InputError, match=re.escape(f"no file matches '{spec}'")):
+            open_source(spec)
+    with pytest.raises(InputError, match="'memory://d' is a directory; give its files"):
+        open_source("memory://d")
+    with pytest.raises(InputError, match="'memry://d/x': unknown protocol 'memry'; did you mean 'memory'"):
+        open_source("memry://d/x")
+    for url, extra in {"gs://b/x.txt": "gcs", "s3://b/*.jsonl": "s3"}.items():
+        for library in ("gcsfs", "s3fs"):
+            monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(InputError, match=re.escape(f"'{url}' needs an extra: pip install 't5x_lite[{extra}]'")):
+            open_source(url)
+
+
+def test_select():
+    record = {"text": "x", "n": 3, "flag": True, "none": None, "list": ["a"], "bytes": b"\xff"}
+    assert select("f:1", record, ("n", "text", "flag")) == {"n": "3", "text": "x", "flag": "True"}
+    for name, message in {
+        "txt": "column 'txt' is not in f:1; its columns are: text, n, .*did you mean 'text'",
+        "none": "f:1: column 'none' is null",
+        "list": "f:1: column 'list' is a list, not a text",
+        "bytes": "f:1: column 'bytes' is a bytes, not a text",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            select("f:1", record, (name,))
+
+
+def test_a_place_in_a_later_part_is_located(tmp_path):
+    path = tmp_path / "a file.jsonl"
+    path.write_text('{"a": "1"}\n' * 30 + '{"b": "2"}\n')
+    source = open_source(str(path), part_bytes=100)
+    where, record = list(source.read(len(source.parts) - 1))[-1]
+    with pytest.raises(InputError, match=r"column 'a' is not in .*a file\.jsonl:31; its"):
+        select(where, record, ("a",))
+    assert locate(f"'{where}' and more") == f"'{path}:31' and more"
+    assert locate("x@3+4: no such file") == "x@3+4: no such file"
+
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real data is not here")
+@pytest.mark.parametrize("part_bytes", [50_000, 1 << 24])
+def test_published_data(part_bytes):
+    count = lambda path, **spec: len(records({"path": str(REAL / path)} | spec, part_bytes=part_bytes))  # noqa: E731
+    assert count("tasks/gsm8k/train.jsonl") == 7473
+    assert count("tasks/sst2/train.tsv", format="text") == 6920
+    assert count("tasks/copa-superglue/*.jsonl") == 500
+    assert count("tasks/boolq/train.json") == 9427  # one array
+    assert count("tasks/small-parallel-enja/train.*", format="text") == 100_000
