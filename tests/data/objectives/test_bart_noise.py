@@ -51,6 +51,15 @@ def test_masking_and_deletion_by_hand(vocabulary):
     assert noised(TokenDeletion(0.5, whole_words=True), Fixed([0, 1]), vocabulary) == [12, 5, 13, 15, 17]
 
 
+def test_a_special_token_parts_words(vocabulary):
+    tokens = np.array([10, 11, 1, 13, 15, 12])  # 10 11 | 13 15 | 12
+    masked = TokenMasking(0.3, whole_words=True)(tokens, Fixed([1, 0, 2]), vocabulary)
+    assert masked.tolist() == [10, 11, 1, 4, 4, 12]
+    # A span across it leaves it where it is.
+    filled = TextInfilling(0.6, whole_words=True)(tokens, Fixed([2, 0], [0, 1]), vocabulary)
+    assert filled.tolist() == [4, 1, 12]
+
+
 def test_infilling_by_hand(vocabulary):
     # 4 tokens: spans of 2, 0 and, cut to what is left, 2; beside 4 kept tokens they are the 2nd, 4th and 7th things.
     rng = Fixed([2, 0, 5, 1], [1, 3, 6, 0, 2, 4, 5])
@@ -123,6 +132,13 @@ def test_special_tokens_stay(vocabulary, draws):
 
 
 # --- in numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_the_number_chosen_is_rounded_up_and_no_further(vocabulary, draws):
+    tokens = np.arange(100, 200)
+    # 0.07 times 100 is 7.000000000000001.
+    for rate, number in ((0.07, 7), (0.29, 29), (0.3, 30), (0.301, 31), (0.0, 0), (1.0, 100)):
+        assert len(TokenDeletion(rate)(tokens, draws(0), vocabulary)) == 100 - number
 
 
 @pytest.mark.parametrize("noise", [TokenMasking(0.3), TokenDeletion(0.3)])

@@ -103,6 +103,50 @@ def test_whole_words_never_exceed_the_number(vocabulary, draws):
     assert reached > 450
 
 
+# --- BERT's `create_masked_lm_predictions`, step by step, with the order of the candidates handed in -----------------
+
+
+def google_places(tokens, vocabulary, masking, order):
+    candidates = []
+    for place, token in enumerate(tokens):
+        if vocabulary.special[token]:
+            continue
+        continues = masking.whole_words and candidates and not vocabulary.word_starts[token]
+        if continues and candidates[-1][-1] == place - 1:  # Google's joins what a special token parts
+            candidates[-1].append(place)
+        else:
+            candidates.append([place])
+    count = min(masking.max_predictions or len(tokens), max(1, round(len(tokens) * masking.rate)))
+    chosen = []
+    for candidate in order(len(candidates)):
+        if len(chosen) >= count:
+            break
+        if len(chosen) + len(candidates[candidate]) > count:
+            continue
+        chosen += candidates[candidate]
+    return sorted(chosen)
+
+
+class Seeded:
+    """Gives both implementations the same order."""
+
+    def __init__(self, seed):
+        self.permutation = np.random.default_rng(seed).permutation
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"rate": 0.4}, {"max_predictions": 5}])
+def test_places_equal_those_of_google(whole_words, settings, vocabulary):
+    masking = Masking(whole_words=whole_words, **settings)
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        tokens = rng.integers(10, 800, rng.integers(1, 100))
+        tokens[rng.random(len(tokens)) < 0.05] = 1
+        tokens = np.array([3, *tokens, 1])
+        expected = google_places(tokens.tolist(), vocabulary, masking, Seeded(seed).permutation)
+        assert masking.choose(tokens, Seeded(seed), vocabulary).tolist() == expected
+
+
 # --- in numbers -----------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +159,7 @@ def test_which_tokens_and_what_they_become(masking, rate, vocabulary, draws, fit
     examples = [MaskedLM(masking)(tokens, draws(i), vocabulary) for i in range(N)]
     inputs, weights = (np.stack([getattr(e, name) for e in examples]) for name in ("inputs", "input_weights"))
     assert sigmas(weights[:, 1:-1].mean(axis=0), rate, N) < 5
+    assert sigmas(weights[:, 1:-1].mean(), rate, 18 * N) < 5
     hidden = weights == 1
     before, after = np.stack([e.input_targets for e in examples])[hidden], inputs[hidden]
     # A random token is one of 885, and may be the original.

@@ -127,6 +127,7 @@ def test_independent_noise_by_hand(vocabulary, monkeypatch):
 def test_statistics_of_independent_noise(draws, sigmas):
     masks = np.stack([IidDenoising().noise_mask(20, draws(i)) for i in range(N)])
     assert sigmas(masks.mean(axis=0), 0.15, N) < 5
+    assert sigmas(masks.mean(), 0.15, 20 * N) < 5
     pairs = masks[:, 1:] & masks[:, :-1]  # neighbours do not depend on one another
     assert sigmas(pairs.mean(axis=0), 0.15**2, N) < 5
 

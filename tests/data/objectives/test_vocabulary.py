@@ -63,3 +63,9 @@ def test_it_can_be_pickled():
     again = pickle.loads(pickle.dumps(vocabulary))
     assert again.sentinels == vocabulary.sentinels
     np.testing.assert_array_equal(again.special, vocabulary.special)
+
+
+def test_ids_without_text_are_special():
+    mbart = Vocabulary.of(load_tokenizer(FIXTURES / "mbart"))
+    # Its languages' codes among them, of which a text has only one.
+    assert mbart.special.sum() == 30
