@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from t5x_lite.data.objectives import SpanCorruption, TextToText, append_eos, mask_from_starts
+from t5x_lite.data.objectives import SpanCorruption, TextToText, Vocabulary, append_eos, mask_from_starts
 from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
 
@@ -108,7 +108,8 @@ def test_mask_from_draws():
 def test_call_closes_both_sides_with_eos_and_opens_the_targets_with_the_first_sentinel():
     tokenizer = ByteTokenizer()
     tokens = np.arange(3, 3 + 40).astype(np.uint16)
-    inputs, targets = T5(tokens, np.random.default_rng(0), tokenizer)
+    example = T5(tokens, np.random.default_rng(0), Vocabulary.of(tokenizer))
+    inputs, targets = example.inputs, example.targets
     assert inputs.dtype == targets.dtype == np.int32
     assert inputs[-1] == targets[-1] == tokenizer.eos_id
     assert targets[0] == tokenizer.sentinels[0]
@@ -139,8 +140,9 @@ def test_very_short_texts():
     rng = np.random.default_rng(0)
     assert T5.noise_mask(1, rng).tolist() == [False]
     assert T5.noise_mask(2, rng).tolist() == [False, True]
-    assert [side.tolist() for side in T5(np.array([7]), rng, ByteTokenizer())] == [[7, 1], [258, 1]]
-    assert [side.tolist() for side in T5(np.array([7, 8]), rng, ByteTokenizer())] == [[7, 258, 1], [258, 8, 1]]
+    one, two = (T5(np.arange(7, 7 + n), rng, Vocabulary.of(ByteTokenizer())) for n in (1, 2))
+    assert (one.inputs.tolist(), one.targets.tolist()) == ([7, 1], [258, 1])
+    assert (two.inputs.tolist(), two.targets.tolist()) == ([7, 258, 1], [258, 8, 1])
 
 
 # --- lengths --------------------------------------------------------------------------------------------------------
@@ -244,7 +246,8 @@ def test_input_length_too_short():
 
 def test_text_to_text_cuts_and_then_appends_eos():
     objective = TextToText(input_length=4, target_length=3)
-    inputs, targets = objective.encode(("abcdef", "é"), ByteTokenizer())
+    example = objective.encode(("abcdef", "é"), ByteTokenizer())
+    inputs, targets = example.inputs, example.targets
     assert inputs.tolist() == [100, 101, 102, 1]
     assert targets.tolist() == [198, 172, 1]
     assert inputs.dtype == targets.dtype == np.int32

@@ -50,6 +50,7 @@ OF_TEXT = {
     "ul2": UL2(),
     "nameless": UL2(mode_tokens=None),
     "decoder's ul2": UL2(sides="decoder"),
+    "sequential": UL2((Denoiser("S", PrefixLM(0.25)),), sides="decoder"),
     "one denoiser": UL2((Denoiser("X", SpanCorruption(0.5, 4.0)),), sides="decoder"),
 }
 OF_RECORDS = {
