@@ -1,11 +1,13 @@
 """Lines and JSON arrays: parts of any size, encodings, records that are malformed or too long, memory."""
 
+import gc
 import gzip
 import io
 import json
 import pickle
 import random
 import tracemalloc
+import warnings
 
 import pytest
 import zstandard
@@ -69,6 +71,32 @@ def test_every_record_is_in_one_part_whatever_the_size_of_parts(tmp_path, kind, 
             assert [record for _, record in rows] == expected
             if expected:
                 assert list(source.records()) == rows
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "tsv"])
+def test_malformed_records_are_in_one_part_too(tmp_path, kind, monkeypatch):
+    """Lines that are too long, also longer than several parts, and lines that are not UTF-8."""
+    rng = random.Random(kind)
+    for _ in range(60):
+        lines = [rng.choice(("good", "x" * rng.randrange(25, 200), "b\xff", "")) for _ in range(rng.randrange(1, 12))]
+        if kind == "jsonl":
+            lines = [json.dumps({"a": line}, ensure_ascii=False) for line in lines]
+        path = tmp_path / f"x.{kind.replace('text', 'txt')}"
+        text = "\n".join(["a", *lines] if kind == "tsv" else lines) + rng.choice(("", "\n"))
+        path.write_bytes(text.encode("latin-1"))
+        if not text:
+            continue
+        reading = Reading("skip", max_record_bytes=rng.choice((20, 40, 10**6)))
+        monkeypatch.setattr(readers, "_BLOCK", rng.choice((1, 3, 30, 1 << 16)))
+        expected = None
+        for part_bytes in (10**9, *(rng.randrange(1, 150) for _ in range(4))):
+            source, skipped, rows = open_source(str(path), reading, part_bytes), [], []
+            for index in range(len(source.parts)):
+                rows += source.read(index, lambda *why: skipped.append(why))  # noqa: B023
+            found = [(locate(where), what) for where, what in rows], [(locate(where), why) for where, why in skipped]
+            expected = expected or found
+            assert found == expected, part_bytes
+        assert len(expected[1]) == sum("\xff" in line or len(line) > reading.max_record_bytes for line in lines)
 
 
 def test_what_cannot_be_cut_is_one_part(tmp_path):
@@ -233,6 +261,20 @@ def test_memory_stays_flat(tmp_path, name):
         tracemalloc.stop()
     assert count == len(rows)
     assert peak < 2_000_000  # buffers, and the lines of a block; the data has three times that
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst"])
+def test_files_are_closed(tmp_path, name):
+    compress = {"x.jsonl.gz": gzip.compress, "x.jsonl.zst": zstandard.compress}.get(name, bytes)
+    (tmp_path / name).write_bytes(compress(b'{"a": 1}\n' * 9))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        rows = open_source(str(tmp_path / name)).records()
+        next(rows)
+        rows.close()
+        del rows
+        gc.collect()
+    assert not [warning for warning in warned if issubclass(warning.category, ResourceWarning)]
 
 
 @pytest.mark.parametrize("peeked", [1, 3, 10, 1 << 16])
