@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from t5x_lite.errors import InputError, nearest
 from t5x_lite.models.config import TransformerConfig
@@ -16,44 +16,149 @@ from t5x_lite.models.registry import preset
 
 DEFAULT_MODEL = "t5-small"
 
+_MAPPINGS = ("data.path", "data.eval_path")  # keys whose value may be a mapping
+
+
+ObjectiveName = Literal[
+    "span_corruption",
+    "iid_denoising",
+    "prefix_lm",
+    "causal_lm",
+    "bart",
+    "ul2",
+    "masked_lm",
+    "next_sentence",
+    "text_to_text",
+    "chat",
+]
+NoiseName = Literal["masking", "deletion", "infilling", "permutation", "rotation"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One of the tasks of a mixture. What it leaves out is as `data` has it.
+
+    Attributes:
+      task: a published task or mixture, such as glue_sst2; with a `path`, its format for those files.
+      path: files, as `data.path`.
+      eval_path: files to evaluate on.
+      name: in logs; by default that of the task or the file.
+      rate: how often it is drawn beside the others, or proportional: by its number of examples.
+      objective: as `data.objective`.
+      text: as `data.text`.
+      inputs: as `data.inputs`.
+      targets: as `data.targets`.
+      prefix: as `data.prefix`.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    task: str = ""
+    path: str | dict[str, Any] = ""
+    eval_path: str | dict[str, Any] = ""
+    name: str = ""
+    rate: float | Literal["proportional"] = "proportional"
+    objective: ObjectiveName | None = None
+    text: str | None = None
+    inputs: str | None = None
+    targets: str | None = None
+    prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a task of nothing, or a negative rate."""
+        if not self.task and not self.path:
+            raise InputError("an entry of data.tasks needs a task or a path")
+        if not isinstance(self.rate, str):
+            _at_least("rate in data.tasks", self.rate, 0)
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """What to train on.
 
     Attributes:
-      path: glob of txt, jsonl, tsv, csv or parquet files (plain, .gz, .zst), or `stdlib`, the embedded corpus.
-      eval_path: files to evaluate on; empty: a part of `path` is held out.
+      path: files or globs of txt, jsonl, json, tsv, csv, parquet, arrow (plain, .gz, .zst) or array_record;
+        `tfds:NAME:SPLIT`; a directory of Hugging Face's datasets or of a token cache; `stdlib`, the embedded corpus; or
+        a mapping with `path` and any of format, columns, split, data_dir, encoding, on_error, max_record_bytes.
+      eval_path: what to evaluate on; empty: a part of `path` is held out.
       eval_fraction: share of the records to hold out.
       split: what `eval` reads: train or validation.
-      objective: span_corruption (pre-training of an encoder-decoder), text_to_text (from `inputs` to `targets`), or
-        causal_lm (the next token, for a decoder alone).
+      task: a published task or mixture, such as glue_sst2 or super_glue; with a `path`, its format for those files.
+      tasks: several tasks, mixed: a list of mappings with `path` or `task`, and `rate`.
+      temperature: of proportional rates; above 1 small tasks are drawn more often.
+      max_examples: the size at which a task stops counting as larger, in proportional rates.
+      objective: span_corruption, iid_denoising, prefix_lm, bart or ul2 for an encoder-decoder; causal_lm (also
+        prefix_lm, ul2) for a decoder alone; masked_lm or next_sentence for an encoder alone; text_to_text (from
+        `inputs` to `targets`) or chat for a model with a decoder.
       text: column of the running text.
       inputs: column of the input text.
       targets: column of the target text.
       prefix: put before every input, as T5 names its tasks.
-      noise_density: share of tokens that span corruption masks.
+      noise_density: share of tokens that are masked; null: what is usual for the objective (0.15; bart 0.3;
+        prefix_lm 0.5).
       mean_span_length: mean length of a masked span, in tokens.
+      random_roll: whether span corruption may mask the first token of a text (T5's `random_roll`).
+      whole_words: whether masked_lm, next_sentence and bart mask whole words.
+      masking: how masked_lm counts: google (exactly so many) or huggingface (each token by chance).
+      noises: what bart does to a text, in this order: masking, deletion, infilling, permutation, rotation.
+      mode_tokens: whether ul2 puts the name of its mode before a text.
+      packing: whether examples share rows, apart from each other.
+      buckets: lengths of inputs, below train.input_length, at which a batch of shorter examples is cut.
+      streaming: whether to read the data as it comes, without a token cache; for what is too large to keep.
+      cache_dir: where token caches are kept; empty: $T5X_LITE_CACHE, or ~/.cache/t5x_lite.
+      data_dir: where TFDS has its datasets; empty: its own default.
+      workers: processes that make batches; 0: a thread.
+      on_error: what to do with a malformed record: raise, or skip (and count) it.
+      encoding: of text files.
+      max_record_bytes: records longer than this are malformed.
     """
 
-    path: str = "stdlib"
-    eval_path: str = ""
+    path: str | dict[str, Any] = "stdlib"
+    eval_path: str | dict[str, Any] = ""
     eval_fraction: float = 0.02
     split: Literal["train", "validation"] = "validation"
-    objective: Literal["span_corruption", "text_to_text", "causal_lm"] = "span_corruption"
+    task: str = ""
+    tasks: tuple[TaskConfig, ...] = ()
+    temperature: float = 1.0
+    max_examples: int = 2**21
+    objective: ObjectiveName = "span_corruption"
     text: str = "text"
     inputs: str = "inputs"
     targets: str = "targets"
     prefix: str = ""
-    noise_density: float = 0.15
+    noise_density: float | None = None
     mean_span_length: float = 3.0
+    random_roll: bool = False
+    whole_words: bool = False
+    masking: Literal["google", "huggingface"] = "google"
+    noises: tuple[NoiseName, ...] = ("permutation", "infilling")
+    mode_tokens: bool = True
+    packing: bool = False
+    buckets: tuple[int, ...] = ()
+    streaming: bool = False
+    cache_dir: str = ""
+    data_dir: str = ""
+    workers: int = 0
+    on_error: Literal["raise", "skip"] = "raise"
+    encoding: str = "utf-8"
+    max_record_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
-        """Raises InputError for a share or length that makes no sense."""
+        """Raises InputError for a value that makes no sense, or two that exclude each other."""
         for name in ("eval_fraction", "noise_density"):
-            if not 0.0 < getattr(self, name) < 1.0:
+            if getattr(self, name) is not None and not 0.0 < getattr(self, name) < 1.0:
                 raise InputError(f"data.{name} must be above 0 and below 1, not {getattr(self, name)}")
-        _at_least("data.mean_span_length", self.mean_span_length, 1)
+        for name, least in (("mean_span_length", 1), ("workers", 0), ("max_examples", 1), ("max_record_bytes", 1)):
+            _at_least(f"data.{name}", getattr(self, name), least)
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"data.temperature must be above 0 and finite, not {self.temperature}")
+        if list(self.buckets) != sorted(set(self.buckets)) or any(length < 2 for length in self.buckets):
+            raise InputError(f"data.buckets must be ascending lengths of at least 2, not {list(self.buckets)}")
+        for one, other in (("buckets", "packing"), ("buckets", "streaming"), ("packing", "streaming")):
+            if getattr(self, one) and getattr(self, other):
+                raise InputError(f"data.{one} and data.{other} exclude each other; leave one of them out")
+        if self.task and self.tasks:
+            raise InputError(f"data.task={self.task} and data.tasks exclude each other; put the task into the list")
 
 
 @dataclass(frozen=True)
@@ -64,8 +169,8 @@ class TrainConfig:
       steps: updates this run makes.
       batch_size: examples in a global batch.
       microbatches: parts a batch is split into, to save memory; the gradients are the same.
-      input_length: encoder tokens; those of a row in causal_lm.
-      target_length: decoder tokens; 0: what span corruption needs for `input_length`, or as many as that otherwise.
+      input_length: encoder tokens; of a decoder alone the tokens of a row.
+      target_length: decoder tokens; 0: what the objective needs for `input_length`, or as many as that otherwise.
       seed: of initial parameters, data order and dropout.
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between evaluations on held-out data; 0: only at the end.
@@ -226,7 +331,7 @@ def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Re
 
 
 def _parse(value: str) -> Any:
-    if value.startswith("["):  # a list, such as model.stop_ids=[1,2]
+    if value.startswith(("[", "{")):  # a list, such as model.stop_ids=[1,2], or a mapping
         import yaml
 
         try:
@@ -322,7 +427,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for key, value in node.items():
             name = f"{prefix}{key}"
-            if isinstance(value, dict):
+            if isinstance(value, dict) and name not in _MAPPINGS:
                 flat.update(walk(value, f"{name}."))
             else:
                 flat["model" if name == "model.preset" else name] = value

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5x_lite import sharding
-from t5x_lite.data.pipeline import decoder_batch, encoder_decoder_batch
+from t5x_lite.data.objectives import Example
+from t5x_lite.data.packing import Layout, decoder_batch
 from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.decoding.buckets import bucket, length_bucket, padded
 from t5x_lite.decoding.generate import Decoder, Generated
@@ -422,18 +423,21 @@ class LanguageModel:
         return length_bucket(longest, self.config)
 
     def _pairs_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, np.ndarray]:
-        return encoder_decoder_batch(
-            [(np.array(source, np.int32), np.array(target, np.int32)) for source, target in pairs],
-            rows=self._rows(pairs),
-            input_length=self._length([source for source, _ in pairs]),
-            target_length=self._length([target for _, target in pairs]),
-            pad_id=self.config.fill_id,
-            decoder_start_id=self.config.decoder_start_id,
-        )
+        layout = self._layout([source for source, _ in pairs], [target for _, target in pairs])
+        rows = [[Example(np.array(source, np.int32), np.array(target, np.int32))] for source, target in pairs]
+        return layout(rows, self._rows(pairs))
 
     def _encoder_batch(self, sequences: Sequence[list[int]]) -> Mapping[str, np.ndarray]:
-        batch = self._pairs_batch([(tokens, []) for tokens in sequences])
-        return {key: value for key, value in batch.items() if key.startswith("encoder")}
+        rows = [[Example(np.array(tokens, np.int32))] for tokens in sequences]
+        return self._layout(sequences)(rows, self._rows(sequences))
+
+    def _layout(self, inputs: Sequence[list[int]], targets: Sequence[list[int]] | None = None) -> Layout:
+        return Layout(
+            self._length(inputs),
+            0 if targets is None else self._length(targets),
+            self.config.fill_id,
+            self.config.decoder_start_id,
+        )
 
     def _decoder_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, np.ndarray]:
         return decoder_batch(

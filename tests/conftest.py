@@ -26,6 +26,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+_tokens = tempfile.mkdtemp(prefix="t5x_lite-tests-")
+os.environ["T5X_LITE_CACHE"] = _tokens  # the caches of whoever runs the tests are none of their business
+atexit.register(shutil.rmtree, _tokens, ignore_errors=True)
 
 import dataclasses  # noqa: E402
 from typing import Any  # noqa: E402

@@ -104,14 +104,17 @@ def demonstrate(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     from t5x_lite.evaluation.metrics import majority_baseline
     from t5x_lite.loading import load
 
-    pretrained = _train("pre-training", resolve(None, [*PRETRAIN, *overrides, f"out={out / 'pretrained'}"]).config)
+    cache = f"data.cache_dir={out / 'cache'}"
+    pretrained = _train(
+        "pre-training", resolve(None, [*PRETRAIN, *overrides, cache, f"out={out / 'pretrained'}"]).config
+    )
 
     files, validation = _write_topics(out / "topics")
-    settings = [*FINETUNE, *files, f"init_from={out / 'pretrained'}", f"out={out / 'finetuned'}"]
+    settings = [*FINETUNE, *files, cache, f"init_from={out / 'pretrained'}", f"out={out / 'finetuned'}"]
     finetuned = _train("fine-tuning", resolve(None, settings).config)
 
     lm = load(out / "finetuned")
-    accuracy = generation_metrics(lm, validation, max_new_tokens=8)["exact_match"]
+    accuracy = generation_metrics(lm, [(pair, {}) for pair in validation], max_new_tokens=8)["exact_match"]
     reports = [*_fill_spans(load(out / "pretrained")), *_name_topics(lm, validation)]
     return {
         "heldout_loss": pretrained.metrics["loss"],

@@ -52,6 +52,13 @@ class ProgressObserver(Observer):
         """Prints a line above the bar."""
         self._console.print(text, markup=False, soft_wrap=True)
 
+    def building(self, name: str, done: int, total: int, tokens: int) -> None:
+        """Prints a line if the last is a while ago; of what is built at once, nothing."""
+        now = time.monotonic()
+        if total > 1 and (done == total or now - self._last_line > SECONDS_BETWEEN_LINES):
+            self._last_line = now
+            self.note(f"{name}: {done} of {total} parts are tokens, {tokens:,} of them")
+
     def step(self, record: Mapping[str, Any], last: int) -> None:
         """Moves the bar, or prints a line if the last is a while ago."""
         fields = {"loss": record["loss"], "speed": record["tokens_per_second"]}

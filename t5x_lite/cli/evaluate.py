@@ -9,6 +9,7 @@ from t5x_lite.cli.main import SETTINGS_HELP
 from t5x_lite.cli.settings import read_settings
 from t5x_lite.config import Resolved, RunConfig, run_directory
 from t5x_lite.data import recipe
+from t5x_lite.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +22,11 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the metrics and keeps them in the run's `eval/`."""
     resolved = read_settings(args.settings)
     config = _with_given_data(resolved)
-    recipe.check_objective(config)
-    recipe.check(config.data)
+    data = recipe.open_data(config.data)
+    recipe.check_objectives(config, data)
 
-    from t5x_lite.cli.display import show
+    from t5x_lite.cli.display import ProgressObserver, show
+    from t5x_lite.data.pipeline import Dataset
     from t5x_lite.evaluation.evaluator import evaluate, generation_metrics
     from t5x_lite.loading import load
     from t5x_lite.models import build
@@ -39,20 +41,34 @@ def run(args: argparse.Namespace) -> int:
     lm = load(checkpoint, mesh=mesh)
     # Float32 parameters under the run's compute dtype, as its own evaluations had it.
     model = build(lm.config, config.train.dtype)
-    records = recipe.read(config.data)
     tokenizer = lm.require_tokenizer()
-    train, validation = recipe.datasets(records, config.data, config.train, tokenizer, lm.config.decoder_start_id)
-    held_out = config.data.split == "validation"
-    dataset = validation if held_out else train
-    metrics = evaluate(make_eval_step(model, lm.mesh), lm.params, dataset.eval_batches(), tokenizer, lm.mesh)
-    if config.data.objective == "text_to_text":
-        pairs = records.validation if held_out else records.train
-        metrics |= generation_metrics(lm, pairs, dataset.target_length)
+    observer = ProgressObserver()
+    read = recipe.datasets(data, dataclasses.replace(config, model=lm.config), tokenizer, observer.building)
+    for note in read.notes:
+        observer.note(note)
+    dataset = read.validation if config.data.split == "validation" else read.train
+    if not isinstance(dataset, Dataset):
+        raise InputError(
+            "data.split=train with data.streaming: there is no end of it; give data.path and data.streaming=false"
+        )
+    eval_step = make_eval_step(model, lm.mesh)
+    metrics = evaluate(eval_step, lm.params, dataset.eval_batches(), tokenizer, lm.mesh)
+    if len(dataset.components) > 1:
+        for index, component in enumerate(dataset.components):
+            alone = evaluate(eval_step, lm.params, dataset.component(index).eval_batches(), tokenizer, lm.mesh)
+            metrics |= {f"{component.name}/{name}": value for name, value in alone.items()}
+    for task in data.tasks:
+        examples = list(recipe.pairs(task, config.data, config.data.split))
+        if examples:
+            found = generation_metrics(lm, examples, dataset.target_length, task.metrics, task.labels)
+            several = len(data.tasks) > 1
+            metrics |= {f"{task.name}/{name}" if several else name: value for name, value in found.items()}
     result = {"checkpoint": str(lm.checkpoint), "split": config.data.split, **metrics}
     folder = run_directory(checkpoint) / "eval"
     folder.mkdir(exist_ok=True)
     name = f"{config.data.split}-{lm.checkpoint.name}.json" if lm.checkpoint else f"{config.data.split}.json"
-    (folder / name).write_text(json.dumps({**result, "data": config.data.path}, indent=1))
+    where = config.data.path if config.data.split == "train" or not config.data.eval_path else config.data.eval_path
+    (folder / name).write_text(json.dumps({**result, "data": where}, indent=1))
     show(result, args.json)
     return 0
 

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, and prints the metrics on the held-out data."""
     config = read_settings(args.settings).config
     # Before JAX is imported: whoever misspells a column should know within a second.
-    recipe.check(config.data)
+    recipe.check_objectives(config, recipe.open_data(config.data))
 
     from t5x_lite.cli.display import ProgressObserver, show
     from t5x_lite.training.loop import train

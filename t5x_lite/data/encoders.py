@@ -128,11 +128,11 @@ class TextEncoder(_Encoder):
 
     def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
         """See `Encoder`."""
-        return ((text,) for text in _texts(_preprocessed(records, self.preprocessors), self.column))
+        return ((text,) for text in _texts(preprocessed(records, self.preprocessors), self.column))
 
     def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
         """See `Encoder`."""
-        texts = [text for text, in self.texts(records)]
+        texts = [text for (text,) in self.texts(records)]
         if not self.sentences:
             yield from map(Encoded, zip(self.tokenizer.encode_batch(texts), strict=True), texts, map(len, texts))
             return
@@ -173,7 +173,7 @@ class PairEncoder(_Encoder):
 
     def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
         """See `Encoder`."""
-        for row in _preprocessed(records, self.preprocessors):
+        for row in preprocessed(records, self.preprocessors):
             (source,), (target,) = _texts([row], self.inputs), _texts([row], self.targets)
             yield self.prefix + source, target
 
@@ -234,7 +234,7 @@ class ChatEncoder(_Encoder):
 
     def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
         """See `Encoder`: what is before an answer and the answer, in turns."""
-        for where, record in _preprocessed(records, self.preprocessors):
+        for where, record in preprocessed(records, self.preprocessors):
             turns, _ = self._turns(where, _messages(where, record))
             if not turns:
                 raise InputError(f"{where}: the conversation has no message of the assistant")
@@ -350,9 +350,10 @@ def _texts(records: Iterable[tuple[str, Record]], column: str) -> list[str]:
     ]
 
 
-def _preprocessed(
+def preprocessed(
     records: Iterable[tuple[str, Record]], preprocessors: Sequence[Preprocessor]
 ) -> Iterable[tuple[str, Record]]:
+    """Returns what the preprocessors, one after the other, make of (where, record) pairs."""
     for preprocessor in preprocessors:
         records = _through(records, preprocessor)
     return records

@@ -1,288 +1,477 @@
-"""From the configuration of a run to its tokenizer and datasets."""
+"""From the configuration of a run to its datasets."""
 
 import dataclasses
+import functools
 import hashlib
-import tempfile
-from collections.abc import Iterable, Sequence
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from t5x_lite.config import DataConfig, RunConfig, TrainConfig, run_directory
-from t5x_lite.data.objectives import SpanCorruption
-from t5x_lite.data.pipeline import (
-    Dataset,
-    causal_lm_dataset,
-    hold_out,
-    span_corruption_dataset,
-    text_to_text_dataset,
-)
-from t5x_lite.data.sources import check_columns, read_records
-from t5x_lite.data.tokenizer_files import CONFIG
-from t5x_lite.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, train_sentencepiece
+import numpy as np
+
+from t5x_lite.config import DataConfig, ObjectiveName, RunConfig, TaskConfig
+from t5x_lite.data import objectives, published_tasks
+from t5x_lite.data.encoders import ChatEncoder, Encoder, PairEncoder, TextEncoder, preprocessed
+from t5x_lite.data.examples import Records, examples_of
+from t5x_lite.data.hold_out import held_out, held_out_blocks
+from t5x_lite.data.objectives import Objective, Sides, Vocabulary
+from t5x_lite.data.packing import Layout
+from t5x_lite.data.pipeline import Component, Dataset, plan_rows
+from t5x_lite.data.preprocessors import Preprocessor
+from t5x_lite.data.sources import Reading, Record, Source, check_columns, open_source
+from t5x_lite.data.streaming import StreamComponent, StreamingDataset
+from t5x_lite.data.tasks import Mixture, Task
+from t5x_lite.data.token_cache import TokenCache, build_cache, is_cache, open_cache
+from t5x_lite.data.tokenizers import ByteTokenizer, Tokenizer
+from t5x_lite.data.tokens import text_hashes
 from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
-from t5x_lite.models.registry import PRESETS
-from t5x_lite.run_directory import has_begun
 
-DEFAULT_TOKENIZER = "unigram:8000"
-TRAINED_TOKENIZERS = ("unigram", "bpe", "word", "char")
+CACHE_VARIABLE = "T5X_LITE_CACHE"
 
-# Running text is held out in blocks of neighbouring records, so that what is held out can still be read as text.
-BLOCK_CHARACTERS = 10_000
+# Characters that a tokenizer is trained on; of more text a sample is taken, evenly.
+TOKENIZER_CHARACTERS = 200_000_000
+
+Progress = Callable[[str, int, int, int], None]
+"""Is told of a token cache that is being built: of what, its parts that are done, all its parts, tokens so far."""
+
+_PAIRED = ("text_to_text", "chat")
+_SIDES: Mapping[str, tuple[Sides, ...]] = {
+    "span_corruption": ("encoder_decoder",),
+    "iid_denoising": ("encoder_decoder",),
+    "bart": ("encoder_decoder",),
+    "prefix_lm": ("encoder_decoder", "decoder"),
+    "ul2": ("encoder_decoder", "decoder"),
+    "text_to_text": ("encoder_decoder", "decoder"),
+    "chat": ("encoder_decoder", "decoder"),
+    "causal_lm": ("decoder",),
+    "masked_lm": ("encoder",),
+    "next_sentence": ("encoder",),
+}
+_MODELS = {
+    "encoder_decoder": "an encoder and a decoder",
+    "decoder": "a decoder and no encoder",
+    "encoder": "an encoder and no decoder",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """The two parts of a run's data, before tokenisation.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskData:
+    """The data of one task, before it is tokens.
 
     Attributes:
-      train: texts, or (input, target) pairs.
-      validation: likewise; no pair has an input that a pair in `train` has. Running text is divided in blocks, and a
-        line that the corpus repeats may be on both sides.
+      name: in messages and metrics.
+      objective: what is asked.
+      source: of the training examples, or the directory of a token cache; None: there are none.
+      eval_source: of the examples to evaluate on; None: a part of `source` is held out.
+      preprocessors: what each record goes through.
+      text, inputs, targets, prefix: as in `DataConfig`.
+      metrics, labels: as in `tasks.Task`.
     """
 
-    train: Sequence[Any]
-    validation: Sequence[Any]
+    name: str
+    objective: ObjectiveName
+    source: Source | Path | None
+    eval_source: Source | Path | None
+    preprocessors: tuple[Preprocessor, ...] = ()
+    text: str = "text"
+    inputs: str = "inputs"
+    targets: str = "targets"
+    prefix: str = ""
+    metrics: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
-    def fingerprint(self) -> str:
-        """Returns a digest of all records and their order, which is what the order of training follows from."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.validation):
-            digest.update(f"{len(part)} records\n".encode())
-            for record in part:
-                digest.update(repr(record).encode(errors="surrogatepass"))
-        return digest.hexdigest()
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Those that have records, for training and for evaluation."""
+        return tuple(source for source in (self.source, self.eval_source) if isinstance(source, Source))
 
-    def texts(self) -> Iterable[str]:
-        """Yields every training text; both sides of pairs."""
-        for record in self.train:
-            yield from (record,) if isinstance(record, str) else record
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the files must have; what a preprocessor or a conversation needs shows when it is read."""
+        if self.preprocessors or self.objective == "chat":
+            return ()
+        return (self.inputs, self.targets) if self.objective == "text_to_text" else (self.text,)
+
+    def encoder(self, tokenizer: Tokenizer) -> Encoder:
+        """Returns what makes tokens of the records."""
+        if self.objective == "chat":
+            return ChatEncoder(tokenizer, preprocessors=self.preprocessors)
+        if self.objective == "text_to_text":
+            return PairEncoder(tokenizer, self.preprocessors, self.inputs, self.targets, self.prefix)
+        return TextEncoder(tokenizer, self.text, self.preprocessors)
+
+    def held_out(self, keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray:
+        """Returns bool [records], which records of `source` are kept apart for evaluation."""
+        if self.eval_source is not None:
+            return np.zeros(len(keys), bool)
+        return held_out(keys, fraction) if self.objective in _PAIRED else held_out_blocks(keys, sizes, fraction)
 
 
-def columns(data: DataConfig) -> tuple[str, ...]:
-    """Returns the columns that the objective reads."""
-    return (data.inputs, data.targets) if data.objective == "text_to_text" else (data.text,)
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunData:
+    """What a run trains on.
+
+    Attributes:
+      tasks: the data of each task.
+      mixture: how often each is drawn.
+    """
+
+    tasks: tuple[TaskData, ...]
+    mixture: Mixture
 
 
-def check(data: DataConfig) -> None:
-    """Looks at the files and their first records, before anything slow is done.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Datasets:
+    """What a run reads.
+
+    Attributes:
+      train: the training data.
+      validation: the held-out data, each task a component.
+      fingerprint: a digest of all tokens and their order, which is what the order of training follows from.
+      notes: what a user should know: records that were left out, examples that were cut.
+    """
+
+    train: Dataset | StreamingDataset
+    validation: Dataset
+    fingerprint: str
+    notes: tuple[str, ...]
+
+
+def open_data(data: DataConfig) -> RunData:
+    """Opens the sources of a run, and looks at the columns of their first records, before anything slow is done.
 
     Raises:
-      InputError: a missing file, an unknown format or a column that is not there.
+      InputError: a missing file, an unknown format, a column that is not there, a task that is not known.
     """
-    for path in filter(None, (data.path, data.eval_path)):
-        check_columns(path, columns(data))
+    entries = data.tasks or (TaskConfig(task=data.task, path=_given_path(data), eval_path=data.eval_path, rate=1.0),)
+    members: dict[Task | Mixture, float | str] = {}
+    settings: dict[str, TaskConfig] = {}
+    for entry in entries:
+        member = _member(entry)
+        if member in members:
+            raise InputError(f"data.tasks names '{member.name}' twice; give one of them another name")
+        # A mixture within a mixture has no size of its own.
+        by_number = isinstance(member, Mixture) and entry.rate == "proportional"
+        members[member] = 1.0 if by_number else entry.rate
+        settings |= {task.name: entry for task in (member.tasks if isinstance(member, Mixture) else (member,))}
+    mixture = Mixture(members, limit=data.max_examples, temperature=data.temperature)
+    tasks = tuple(_open_task(task, settings[task.name], data) for task in mixture.tasks)
+    for task in tasks:
+        for source in task.sources:
+            check_columns(source, task.columns)
+    if data.streaming and (missing := [task.name for task in tasks if task.eval_source is None]):
+        raise InputError(f"data.streaming holds nothing out: give data.eval_path for {', '.join(missing)}")
+    return RunData(tasks, mixture)
 
 
-def check_objective(config: RunConfig) -> None:
-    """Checks that the model can learn what the objective asks for, on rows of these lengths.
+def _given_path(data: DataConfig) -> str | dict[str, Any]:
+    # The embedded corpus is the default of those who name no task.
+    return "" if data.task and data.path == DataConfig.path else data.path
+
+
+def _member(entry: TaskConfig) -> Task | Mixture:
+    if not entry.task:
+        path = entry.path if isinstance(entry.path, str) else str(entry.path.get("path"))
+        name = entry.name or Path(path).name.split(".")[0] or path
+        return Task(name, entry.path, eval_source=entry.eval_path or None)
+    member = published_tasks.find(entry.task)
+    if isinstance(member, Mixture):
+        if entry.path:
+            raise InputError(f"'{entry.task}' is a mixture; only a single task can be given a path")
+        return member
+    if entry.path:
+        member = member.with_source(entry.path, entry.eval_path or None)
+    return dataclasses.replace(member, name=entry.name) if entry.name else member
+
+
+def _open_task(task: Task, entry: TaskConfig, data: DataConfig) -> TaskData:
+    reading = Reading(data.on_error, data.encoding, data.max_record_bytes)
+
+    def opened(source: str | Mapping[str, Any] | None) -> Source | Path | None:
+        if source is None:
+            return None
+        spec = {"path": source} if isinstance(source, str) else dict(source)
+        path = spec.get("path")
+        if isinstance(path, str) and is_cache(path):
+            return Path(path).expanduser()
+        if isinstance(path, str) and path.startswith("tfds:") and data.data_dir:
+            spec.setdefault("data_dir", data.data_dir)
+        opened_source = open_source(spec, reading)
+        if opened_source.is_stream:
+            raise InputError("data.path=-: the standard input can be read only once, training reads it again and again")
+        return opened_source
+
+    def setting(name: str) -> Any:
+        own = getattr(entry, name)
+        return getattr(data, name) if own is None else own
+
+    published = bool(entry.task)
+    return TaskData(
+        name=task.name,
+        objective=task.objective or ("text_to_text" if published else setting("objective")),
+        source=opened(task.source),
+        eval_source=opened(task.eval_source),
+        preprocessors=task.preprocessors,
+        text=setting("text"),
+        inputs="inputs" if published else setting("inputs"),
+        targets="targets" if published else setting("targets"),
+        prefix=entry.prefix or "" if published else setting("prefix"),
+        metrics=task.metrics,
+        labels=task.labels,
+    )
+
+
+def model_sides(model: TransformerConfig) -> Sides:
+    """Returns which stacks a model has."""
+    if not model.num_decoder_layers:
+        return "encoder"
+    return "encoder_decoder" if model.num_encoder_layers else "decoder"
+
+
+def check_objectives(config: RunConfig, data: RunData) -> None:
+    """Checks that the model can learn what the objectives ask for, on rows of these lengths.
 
     Raises:
-      InputError: it has an encoder too many or too few, or no positions for a row.
+      InputError: it has a stack too many or too few, another head, or no positions for a row.
     """
-    model, causal = config.model, config.data.objective == "causal_lm"
-    needs = "a decoder and no encoder" if causal else "an encoder and a decoder"
-    if bool(model.num_encoder_layers) == causal or not model.num_decoder_layers:
-        raise InputError(
-            f"data.objective={config.data.objective} needs {needs}; the model, of family {model.family}, has"
-            f" {model.num_encoder_layers} encoder and {model.num_decoder_layers} decoder layers"
-        )
+    model, sides = config.model, model_sides(config.model)
+    for name in sorted({task.objective for task in data.tasks}):
+        allowed = _SIDES[name]
+        if sides not in allowed:
+            raise InputError(
+                f"data.objective={name} needs {' or '.join(_MODELS[side] for side in allowed)}; the model, of family"
+                f" {model.family}, has {model.num_encoder_layers} encoder and {model.num_decoder_layers} decoder layers"
+            )
+        head = {"masked_lm": "masked_lm", "next_sentence": "pretraining"}.get(name)
+        if head and model.head != head:
+            raise InputError(f"data.objective={name} needs model.head={head}, not {model.head}")
     longest = max(config.train.input_length, config.train.target_length)
     if model.positions == "learned" and longest > model.max_positions:
         raise InputError(f"rows of {longest} tokens are longer than the model's {model.max_positions} positions")
 
 
-def read(data: DataConfig) -> Records:
-    """Reads the files and divides them into training and validation data.
+def make_objective(name: ObjectiveName, config: RunConfig) -> Objective:
+    """Returns the objective with the settings of a configuration.
 
     Raises:
-      InputError: as `check`, and a malformed or empty file.
+      InputError: a setting that it cannot use.
     """
-    check(data)
+    data, train, sides = config.data, config.train, model_sides(config.model)
+    pair_sides: Any = sides
+    density = data.noise_density
 
-    def load(path: str) -> list[Any]:
-        names = columns(data)
-        records = read_records(path, names)
-        if data.objective != "text_to_text":
-            return [record[data.text] for record in records]
-        return [(data.prefix + record[data.inputs], record[data.targets]) for record in records]
+    def masking() -> objectives.Masking:
+        return objectives.Masking(density or 0.15, style=data.masking, whole_words=data.whole_words)
 
-    everything = load(data.path)
-    if data.eval_path:
-        return Records(everything, load(data.eval_path))
-    if data.objective == "text_to_text":
-        # By the input alone: the same question with two answers is no question to hold out.
-        return Records(*hold_out(everything, data.eval_fraction, key=lambda pair: pair[0]))
-    train, validation = hold_out(_blocks(everything), data.eval_fraction)
-    return Records([text for block in train for text in block], [text for block in validation for text in block])
+    match name:
+        case "span_corruption":
+            return objectives.SpanCorruption(density or 0.15, data.mean_span_length, data.random_roll)
+        case "iid_denoising":
+            return objectives.IidDenoising(density or 0.15)
+        case "prefix_lm":
+            return objectives.PrefixLM(density or 0.5, pair_sides)
+        case "causal_lm":
+            return objectives.CausalLM()
+        case "bart":
+            return objectives.Bart(tuple(_noise(noise, data) for noise in data.noises))
+        case "ul2":
+            names = dict(objectives.MODE_TOKENS) if data.mode_tokens else None
+            return objectives.UL2(mode_tokens=names, sides=pair_sides)
+        case "masked_lm":
+            return objectives.MaskedLM(masking())
+        case "next_sentence":
+            return objectives.NextSentence(masking())
+    pairs = objectives.Chat if name == "chat" else objectives.TextToText
+    if sides == "decoder":
+        return pairs(train.input_length, train.input_length, sides)
+    return pairs(train.input_length, train.target_length or train.input_length, pair_sides)
 
 
-def datasets(
-    records: Records, data: DataConfig, train: TrainConfig, tokenizer: Tokenizer, decoder_start_id: int | None = None
-) -> tuple[Dataset, Dataset]:
-    """Returns the training and the validation dataset; `decoder_start_id` is the model's, by default the pad.
+def _noise(name: str, data: DataConfig) -> Any:
+    rate, whole = data.noise_density or 0.3, data.whole_words
+    match name:
+        case "masking":
+            return objectives.TokenMasking(rate, whole)
+        case "deletion":
+            return objectives.TokenDeletion(rate, whole)
+        case "infilling":
+            return objectives.TextInfilling(rate, data.mean_span_length, whole)
+        case "permutation":
+            return objectives.SentencePermutation()
+    return objectives.DocumentRotation()
+
+
+def training_texts(data: RunData, config: DataConfig) -> Iterator[str]:
+    """Yields the texts that are trained on, both sides of pairs, without what is held out; for a tokenizer.
+
+    Of more than `TOKENIZER_CHARACTERS` a sample is taken, the same every time.
+    """
+    for task in data.tasks:
+        if isinstance(task.source, Path):
+            raise InputError(f"'{task.source}' holds tokens, not text: give the tokenizer= that it was made with")
+        if task.source is None:
+            continue
+        encoder = task.encoder(ByteTokenizer())  # which is not asked for tokens
+        keys, sizes = _keys_and_sizes(encoder, task.source)
+        kept = ~task.held_out(keys, sizes, config.eval_fraction)
+        share = TOKENIZER_CHARACTERS / max(int(sizes[kept].sum()) * len(data.tasks), 1)
+        if share < 1:
+            # Not by the keys themselves, whose order decides on the hold-out.
+            kept &= keys * np.uint64(0x9E3779B97F4A7C15) < np.uint64(int(share * 2**64))
+        for texts, keep in zip(_texts(encoder, task.source), kept, strict=True):
+            if keep:
+                yield from texts
+
+
+def _keys_and_sizes(encoder: Encoder, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what a token cache would have of these records, without tokens."""
+    keys, sizes = [np.zeros(0, np.uint64)], []
+    texts = _texts(encoder, source)
+    while chunk := list(itertools.islice(texts, 1000)):
+        keys.append(text_hashes([example[0] for example in chunk]))
+        sizes += [sum(map(len, example)) for example in chunk]
+    return np.concatenate(keys), np.array(sizes, np.int64)
+
+
+def _texts(encoder: Encoder, source: Source) -> Iterator[tuple[str, ...]]:
+    return encoder.texts(source.records())
+
+
+def cache_root(data: DataConfig) -> Path:
+    """Returns the directory of token caches."""
+    return Path(data.cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/t5x_lite").expanduser()
+
+
+def datasets(data: RunData, config: RunConfig, tokenizer: Tokenizer, progress: Progress | None = None) -> Datasets:
+    """Returns the training and the validation data of a run; builds the token caches that are not there yet.
+
+    Args:
+      data: from `open_data`.
+      config: the run's; its model has the vocabulary of the tokenizer.
+      tokenizer: the run's.
+      progress: is told of caches that are built.
 
     Raises:
-      InputError: too little data, or lengths that the objective cannot use.
+      InputError: too little data, or lengths that an objective cannot use.
     """
-
-    def build(part: Sequence) -> Dataset:
-        if data.objective == "span_corruption":
-            objective = SpanCorruption(data.noise_density, data.mean_span_length)
-            length = train.target_length or None
-            return span_corruption_dataset(
-                part,
-                tokenizer,
-                objective,
-                train.input_length,
-                length,
-                train.batch_size,
-                train.seed,
-                decoder_start_id,
-            )
-        if data.objective == "causal_lm":
-            return causal_lm_dataset(
-                part, tokenizer, train.input_length, train.batch_size, train.seed, decoder_start_id
-            )
-        length = train.target_length or train.input_length
-        return text_to_text_dataset(
-            part, tokenizer, train.input_length, length, train.batch_size, train.seed, decoder_start_id
+    build = _Builder(config, tokenizer, progress or (lambda *told: None))
+    train: list[Component | StreamComponent] = []
+    validation, contents = [], []
+    for task in data.tasks:
+        objective = make_objective(task.objective, config)
+        size = build.add_rows(objective)
+        whole = build.cache(task, task.source) if not config.data.streaming else None
+        if whole is not None:
+            held = task.held_out(whole.keys, whole.sizes, config.data.eval_fraction)
+            train.append(build.component(task, whole, ~held, objective, size))
+            contents.append(whole.digest)
+            if task.eval_source is None:
+                validation.append(build.component(task, whole, held, objective, size))
+        elif isinstance(task.source, Source):
+            train.append(StreamComponent(task.source, task.encoder(tokenizer), objective, size, task.name))
+            contents.append(task.source.identity)
+        if (apart := build.cache(task, task.eval_source)) is not None:
+            kept = np.ones(len(apart), bool)
+            validation.append(build.component(task, apart, kept, objective, size))
+            contents.append(apart.digest)
+    rates = _rates(data, train)
+    train = [dataclasses.replace(component, rate=rates[component.name]) for component in train]
+    settings = config.data
+    layout, batch, seed = build.layout(), config.train.batch_size, config.train.seed
+    heldout = Dataset(tuple(validation), layout, batch, seed, settings.packing)
+    digest = hashlib.sha256(json.dumps([contents, settings.eval_fraction]).encode()).hexdigest()
+    drawn: Any = tuple(component for component in train if component.rate > 0)
+    if settings.streaming:
+        streaming = StreamingDataset(drawn, layout, batch, seed, build.vocabulary)
+        return Datasets(streaming, heldout, digest, tuple(build.notes))
+    if settings.buckets and settings.buckets[-1] >= config.train.input_length:
+        raise InputError(
+            f"data.buckets {list(settings.buckets)}: must be below train.input_length {config.train.input_length}"
         )
+    shares = tuple(length / config.train.input_length for length in settings.buckets)
+    dataset = Dataset(drawn, layout, batch, seed, settings.packing, shares)
+    return Datasets(dataset, heldout, digest, tuple(build.notes))
 
-    return build(records.train), build(records.validation)
+
+def _rates(data: RunData, train: Sequence[Component | StreamComponent]) -> dict[str, float]:
+    sizes = {component.name: len(component.examples) for component in train if isinstance(component, Component)}
+    rates = data.mixture.rates(sizes)
+    return dict(zip((task.name for task in data.mixture.tasks), rates.tolist(), strict=True))
 
 
-def obtain_tokenizer(
-    spec: str, extra_ids: int, texts: Iterable[str], directory: Path, expected: Path | None = None
-) -> Tokenizer:
-    """Returns the tokenizer that `spec` names, after saving it to `directory`.
+class _Builder:
+    """Caches and components, and the one layout that all tasks share."""
 
-    Args:
-      spec: a `.model` file, a directory, `bytes`, or one to train: `unigram:8000`, `bpe:8000`, `word:8000`, `char`.
-      extra_ids: sentinels to add if it has none.
-      texts: what to train it on.
-      directory: the run's `tokenizer/`; written completely or not at all. One that is there is replaced.
-      expected: directory of a tokenizer that it has to equal, because parameters were trained with that one.
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> None:
+        self.config, self.tokenizer, self.progress = config, tokenizer, progress
+        self.vocabulary = Vocabulary.of(tokenizer)
+        self.notes: list[str] = []
+        self._layouts: list[Layout] = []
 
-    Raises:
-      InputError: a spec that is none of these, training that fails, or a tokenizer other than the expected.
-    """
-    kind, _, size = spec.partition(":")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tokenizer-") as folder:
-        if kind in TRAINED_TOKENIZERS:
-            if not size.isdigit() and not (kind == "char" and not size):
-                raise InputError(f"tokenizer '{spec}': '{kind}' needs a vocabulary size, such as {kind}:8000")
-            model = Path(folder) / "trained.model"
-            tokenizer: Tokenizer = train_sentencepiece(
-                texts, model, int(size or 8000), model_type=kind, extra_ids=extra_ids
-            )
-        else:
-            tokenizer = load_tokenizer(str(Path(spec).expanduser()) if spec != "bytes" else spec, extra_ids)
-        saved = Path(folder) / "tokenizer"
-        tokenizer.save(saved)
-        if expected and not _same(tokenizer, theirs := load_tokenizer(expected), Path(folder)):
+    def add_rows(self, objective: Objective) -> int:
+        train = self.config.train
+        start = self.config.model.decoder_start_id
+        target_length = train.target_length or (train.input_length if "inputs" in objective.arrays else None)
+        size, layout = plan_rows(objective, train.input_length, target_length, self.vocabulary, start)
+        self._layouts.append(layout)
+        return size
+
+    def layout(self) -> Layout:
+        if len({layout.extras for layout in self._layouts}) > 1:
             raise InputError(
-                f"tokenizer '{spec}' ({tokenizer.vocab_size} tokens) is not the one in {expected} ({theirs.vocab_size}"
-                " tokens) that the parameters of init_from were trained with; leave tokenizer= out to use that one"
+                "data.tasks with masked_lm and next_sentence: the tasks of a run must ask for the same kind"
             )
-        if directory.exists():
-            directory.rename(Path(folder) / "replaced")
-        saved.rename(directory)
-    return load_tokenizer(directory)
+        # The longest rows that a task needs are the rows of all.
+        longest = max(layout.target_length for layout in self._layouts)
+        return dataclasses.replace(self._layouts[0], target_length=longest)
+
+    def cache(self, task: TaskData, source: Source | Path | None) -> TokenCache | None:
+        if source is None:
+            return None
+        encoder = task.encoder(self.tokenizer)
+        if isinstance(source, Path):
+            cache = open_cache(source, self.tokenizer)
+            if tuple(cache.features) != encoder.features:
+                raise InputError(
+                    f"the token cache '{source}' holds {', '.join(cache.features)}; data.objective={task.objective}"
+                    f" needs {', '.join(encoder.features)}"
+                )
+        else:
+            told = functools.partial(self.progress, task.name)
+            cache = build_cache(source, encoder, cache_root(self.config.data), progress=told)
+        if cache.skipped:
+            self.notes.append(f"{task.name}: {cache.skipped} records were skipped, such as {'; '.join(cache.reasons)}")
+        return cache
+
+    def component(
+        self, task: TaskData, cache: TokenCache, kept: np.ndarray, objective: Objective, size: int
+    ) -> Component:
+        packed = self.config.data.packing
+        examples = examples_of(cache, kept, objective, size, self.vocabulary, packed=packed)
+        if isinstance(examples, Records):
+            for side, cut in zip(("inputs", "targets"), examples.truncated(), strict=True):
+                if cut:
+                    self.notes.append(f"{task.name}: {cut} of {len(examples)} {side} are longer than the row, and cut")
+        return Component(examples, name=task.name)
 
 
-def run_tokenizer(config: RunConfig, texts: Iterable[str], directory: Path | None = None) -> Tokenizer:
-    """Returns the tokenizer of a run: the one it has begun with, or the one its configuration asks for.
-
-    Args:
-      config: the run's.
-      texts: what to train one on.
-      directory: where to write a tokenizer that is not there yet; by default `out/tokenizer`.
-
-    Raises:
-      InputError: as `obtain_tokenizer`; with `init_from` the tokenizer has to be the one of that run.
-    """
-    own = Path(config.out).expanduser() / "tokenizer"
-    if has_begun(own.parent):
-        return load_tokenizer(own)
-    origin = None
-    if config.init_from:
-        # A run's tokenizer has a directory of its own; a published model's lies beside its weights.
-        run = run_directory(config.init_from)
-        candidates = run / "tokenizer", Path(config.init_from).expanduser()
-        origin = next((path for path in candidates if find_tokenizer(path)), None)
-    spec = config.tokenizer or (str(origin) if origin else DEFAULT_TOKENIZER)
-    return obtain_tokenizer(spec, config.extra_ids, texts, directory or own, expected=origin)
-
-
-def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Returns the configuration with a model that fits the tokenizer; with `init_from` it must fit as it is.
-
-    Raises:
-      InputError: the model has fewer embeddings than the tokenizer has tokens, or other ids for pad or EOS.
-    """
-    model = config.model
-    fields: dict[str, Any] = {}
-    if config.fit_vocabulary and not config.init_from:
-        fields["vocab_size"] = -(-tokenizer.vocab_size // 128) * 128
-    rows = fields.get("vocab_size", model.vocab_size)
-    # bart-large-cnn, for one, was fine-tuned without its last token, the mask.
-    if rows < tokenizer.vocab_size - (tokenizer.mask_id == tokenizer.vocab_size - 1):
-        where = f"the checkpoint {config.init_from}" if config.init_from else "the model"
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, but {where} has embeddings for {rows}")
-    # Ids as a preset has them are nobody's wish; others are, and so are those that parameters were trained with.
-    presets = [] if config.init_from else [preset for preset in PRESETS.values() if preset.family == model.family]
-    for name in ("pad_id", "eos_id"):
-        given, ours = getattr(model, name), getattr(tokenizer, name)
-        also = model.stop_ids if name == "eos_id" else ()
-        if ours not in (given, *also) and given not in (None, *(getattr(preset, name) for preset in presets)):
-            raise InputError(f"model.{name} is {given}, but the tokenizer's is {ours}")
-    if not config.init_from:
-        fields |= _special_ids(model, tokenizer)
-    return dataclasses.replace(config, model=dataclasses.replace(model, **fields), fit_vocabulary=False)
-
-
-def _special_ids(model: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the ids of a new model: those of the tokenizer, each in the roles that it has in the family."""
-    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    roles = {model.bos_id: bos, model.eos_id: tokenizer.eos_id, model.pad_id: tokenizer.pad_id}
-
-    def same_role(token: int | None) -> int | None:
-        return None if token is None else roles.get(token)
-
-    return {
-        "pad_id": tokenizer.pad_id,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "stop_ids": (),
-        "decoder_start_id": roles.get(model.decoder_start_id, tokenizer.pad_id),
-        "forced_bos_id": same_role(model.forced_bos_id),
-        "forced_eos_id": same_role(model.forced_eos_id),
-    }
-
-
-def _same(one: Tokenizer, other: Tokenizer, folder: Path) -> bool:
-    """Returns whether two tokenizers have the same vocabulary and special ids; `folder` is for what is compared."""
-    saved = []
-    for number, tokenizer in enumerate((one, other)):
-        tokenizer.save(folder / str(number))
-        files = {path.name: path.read_bytes() for path in (folder / str(number)).iterdir() if path.name != CONFIG}
-        ids = (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.sentinels)
-        saved.append((type(tokenizer), ids, files))
-    return saved[0] == saved[1]
-
-
-def _blocks(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    # A small corpus gets smaller blocks, so that there are enough of them to hold out a fair share.
-    target = min(BLOCK_CHARACTERS, sum(map(len, texts)) // 100)
-    blocks: list[tuple[str, ...]] = []
-    block: list[str] = []
-    size = 0
-    for text in texts:
-        block.append(text)
-        size += len(text)
-        if size >= target:
-            blocks.append(tuple(block))
-            block, size = [], 0
-    return [*blocks, tuple(block)] if block else blocks
+def pairs(task: TaskData, data: DataConfig, split: str) -> Iterator[tuple[tuple[str, str], Record]]:
+    """Yields ((inputs, targets), record) for one side of the pairs of a task, as texts; `split` as in `DataConfig`."""
+    apart = task.eval_source is not None and split == "validation"
+    source = task.eval_source if apart else task.source
+    if not isinstance(source, Source) or task.objective != "text_to_text":
+        return
+    bare = dataclasses.replace(task, preprocessors=()).encoder(ByteTokenizer())
+    keys, sizes = _keys_and_sizes(task.encoder(ByteTokenizer()), source)
+    chosen = np.ones(len(keys), bool)
+    if not apart:
+        held = task.held_out(keys, sizes, data.eval_fraction)
+        chosen = held if split == "validation" else ~held
+    sides = iter(chosen.tolist())
+    for where, record in preprocessed(source.records(), task.preprocessors):
+        if next(sides):
+            yield cast(tuple[str, str], next(bare.texts([(where, record)]))), record

@@ -148,6 +148,11 @@ def open_cache(directory: str | Path, tokenizer: Tokenizer | str | None = None, 
     )
 
 
+def is_cache(directory: str | Path) -> bool:
+    """Returns whether there is a token cache, complete or not usable, in a directory."""
+    return (Path(directory).expanduser() / _INDEX).is_file()
+
+
 def _damaged(directory: Path, reason: str) -> InputError:
     return InputError(f"the token cache '{directory}' is damaged: {reason}; delete it, and it is built again")
 

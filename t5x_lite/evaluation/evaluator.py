@@ -11,6 +11,7 @@ from t5x_lite import sharding
 from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.metrics import bits_per_byte, exact_match, perplexity, unigram_entropy
+from t5x_lite.evaluation.task_metrics import check_metrics, task_metrics
 
 
 def evaluate(
@@ -48,9 +49,11 @@ def evaluate(
         nats += float(sums.cross_entropy)
         correct += float(sums.correct)
         tokens += float(sums.weight)
-        real = batch["decoder_loss_weights"] > 0
-        counts += np.bincount(batch["decoder_target_tokens"][real], minlength=len(counts))
-        num_bytes += sum(len(text.encode()) for text in target_texts(batch, tokenizer, sentinels=False))
+        side = "decoder" if "decoder_target_tokens" in batch else "encoder"
+        real = batch[f"{side}_loss_weights"] > 0
+        counts += np.bincount(batch[f"{side}_target_tokens"][real], minlength=len(counts))
+        if side == "decoder":  # masked tokens here and there are no text
+            num_bytes += sum(len(text.encode()) for text in target_texts(batch, tokenizer, sentinels=False))
     if not tokens:
         raise InputError("there are no examples to evaluate")
     return {
@@ -75,18 +78,31 @@ def target_texts(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, sentinel
 
 
 def generation_metrics(
-    lm: Any, pairs: Sequence[tuple[str, str]], max_new_tokens: int, batch_size: int = 32
+    lm: Any,
+    examples: Sequence[tuple[tuple[str, str], Mapping[str, Any]]],
+    max_new_tokens: int,
+    metrics: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    batch_size: int = 32,
 ) -> dict[str, float]:
-    """Returns `exact_match`: the share of targets that greedy generation reproduces.
+    """Returns `exact_match`, the share of targets that greedy generation reproduces, and what a task measures beside.
 
     Args:
       lm: a `LanguageModel`.
-      pairs: inputs and targets.
+      examples: ((inputs, targets), record), as `data.recipe.pairs` yields them; the record is for the metrics.
       max_new_tokens: as many as the longest target needs, EOS included.
+      metrics: further ones, by name; see `metrics.task_metrics`.
+      labels: the classes, for metrics that count by class.
       batch_size: inputs decoded together.
+
+    Raises:
+      InputError: a metric that is not there.
     """
-    outputs = lm.generate([source for source, _ in pairs], max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_metrics(metrics)
+    inputs, targets = [pair[0] for pair, _ in examples], [pair[1] for pair, _ in examples]
+    outputs = lm.generate(inputs, max_new_tokens=max_new_tokens, batch_size=batch_size)
     # As the tokenizer writes them: no model can produce a character or a space that its vocabulary does not keep.
     tokenizer = lm.require_tokenizer()
-    targets = [tokenizer.decode(tokenizer.encode(target)) for _, target in pairs]
-    return {"exact_match": exact_match(outputs, targets)}
+    written = [tokenizer.decode(tokenizer.encode(target)) for target in targets]
+    found = task_metrics(metrics, outputs, [record for _, record in examples], labels) if metrics else {}
+    return {"exact_match": exact_match(outputs, written), **found}

@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,10 @@ from t5x_lite import run_directory, sharding
 from t5x_lite.config import RunConfig
 from t5x_lite.config import run_directory as run_path
 from t5x_lite.data import recipe
+from t5x_lite.data.packing import Batch
 from t5x_lite.data.pipeline import Dataset, prefetch
+from t5x_lite.data.run_tokenizer import run_tokenizer, with_vocabulary
+from t5x_lite.data.streaming import StreamingDataset
 from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.evaluator import evaluate
@@ -37,6 +39,9 @@ class Observer:
 
     def note(self, text: str) -> None:
         """Hears a line for the user."""
+
+    def building(self, name: str, done: int, total: int, tokens: int) -> None:
+        """Hears of a token cache that is built: of which task, its parts done and in all, tokens so far."""
 
     def step(self, record: Mapping[str, Any], last: int) -> None:
         """Hears of every step, logged or not; `last` is the run's last step."""
@@ -77,23 +82,23 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
     observer = observer or Observer()
     out = Path(config.out).expanduser()
     mesh = sharding.make_mesh(config.mesh)
-    recipe.check_objective(config)
+    data = recipe.open_data(config.data)
+    recipe.check_objectives(config, data)
     _check_mesh(config, mesh)
-    records = recipe.read(config.data)
     with run_directory.lock(out):
-        tokenizer = recipe.run_tokenizer(config, records.texts())
-        config = recipe.with_vocabulary(config, tokenizer)
-        return _train(config, records, tokenizer, mesh, out, observer)
+        tokenizer = run_tokenizer(config, recipe.training_texts(data, config.data))
+        config = with_vocabulary(config, tokenizer)
+        return _train(config, data, tokenizer, mesh, out, observer)
 
 
 def _train(
-    config: RunConfig, records: recipe.Records, tokenizer: Tokenizer, mesh: Mesh, out: Path, observer: Observer
+    config: RunConfig, data: recipe.RunData, tokenizer: Tokenizer, mesh: Mesh, out: Path, observer: Observer
 ) -> TrainResult:
     # Everything that can refuse the configuration comes before anything that records it.
-    dataset, validation = recipe.datasets(records, config.data, config.train, tokenizer, config.model.decoder_start_id)
-    for side in ("inputs", "targets"):
-        if cut := getattr(dataset, f"truncated_{side}"):
-            observer.note(f"{cut} of {dataset.num_examples} training {side} are longer than the row and were cut")
+    read = recipe.datasets(data, config, tokenizer, observer.building)
+    dataset, fingerprint = read.train, read.fingerprint
+    for note in read.notes:
+        observer.note(note)
     model = build(config.model, config.train.dtype, config.train.remat)
     opt = config.optimizer
     schedule = make_schedule(opt.schedule, opt.peak, opt.warmup_steps, config.train.steps)
@@ -101,7 +106,6 @@ def _train(
         opt.name, schedule, model.logical_axes(), clip_norm=opt.clip_norm, weight_decay=opt.weight_decay
     )
     abstract = abstract_state(model, tx, mesh)
-    fingerprint = records.fingerprint()
     if run_directory.has_begun(out):
         for note in run_directory.check_same_run(out, config, fingerprint):
             observer.note(note)
@@ -113,7 +117,7 @@ def _train(
         _announce(config, model, mesh, state, dataset, tokenizer, observer)
         log = MetricsLog(out, int(state.step))
         try:
-            run = _Run(config, model, tx, schedule, mesh, tokenizer, validation, checkpointer, log, observer)
+            run = _Run(config, model, tx, schedule, mesh, tokenizer, read.validation, checkpointer, log, observer)
             state, metrics = run(state, dataset)
         finally:
             log.close()
@@ -137,7 +141,9 @@ class _Run:
     log: MetricsLog
     observer: Observer
 
-    def __call__(self, state: TrainState, dataset: Dataset) -> tuple[TrainState, Mapping[str, float]]:
+    def __call__(
+        self, state: TrainState, dataset: Dataset | StreamingDataset
+    ) -> tuple[TrainState, Mapping[str, float]]:
         """Trains from `state` to the last step; returns the final state and its evaluation."""
         cfg = self.config.train
         train_step = make_train_step(
@@ -151,13 +157,14 @@ class _Run:
             seed=cfg.seed,
         )
         self.eval_step = make_eval_step(self.model, self.mesh)
-        self.clock = time.perf_counter()
+        self.clock, self.waited = time.perf_counter(), 0.0
         metrics: Mapping[str, float] = {}
         pending: tuple[int, Any, int] | None = None
         done = int(state.step)
-        rows = partial(dataset.batch, process_index=jax.process_index(), process_count=jax.process_count())
-        for index, batch in prefetch(rows, done, cfg.steps):
+        load = dataset.loader(done, jax.process_index(), jax.process_count())
+        for index, batch in self._timed(prefetch(load, done, cfg.steps, workers=self.config.data.workers)):
             tokens = sum(int(np.sum(value > 0)) for key, value in batch.items() if key.endswith("_segment_ids"))
+            # The copy to the devices and the step are queued behind the step before, which may still be running.
             state, step_metrics = train_step(state, sharding.put_batch(self.mesh, batch))
             self.checkpointer.seal_finished()
             # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
@@ -173,8 +180,17 @@ class _Run:
             if saving:
                 self.checkpointer.save(state, metrics["loss"] if evaluating else None)
             if evaluating or saving:
-                self.clock = time.perf_counter()
+                self.clock, self.waited = time.perf_counter(), 0.0
         return state, metrics or self._evaluate(state, int(state.step), log=False)
+
+    def _timed(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        while True:
+            began = time.perf_counter()
+            found = next(batches, None)
+            self.waited += time.perf_counter() - began
+            if found is None:
+                return
+            yield found
 
     def _report(self, pending: tuple[int, Any, int] | None) -> None:
         if pending is None:
@@ -183,7 +199,8 @@ class _Run:
         record = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         now = time.perf_counter()
         record["tokens_per_second"] = tokens / (now - self.clock)
-        self.clock = now
+        record["data_wait"] = self.waited / (now - self.clock)
+        self.clock, self.waited = now, 0.0
         if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
             self.checkpointer.wait()  # one may still be on its way to the disk
             kept = self.checkpointer.steps()
@@ -256,20 +273,25 @@ def _announce(
     model: Transformer,
     mesh: Mesh,
     state: TrainState,
-    dataset: Dataset,
+    dataset: Dataset | StreamingDataset,
     tokenizer: Tokenizer,
     observer: Observer,
 ) -> None:
     count = sum(x.size for x in jax.tree.leaves(state.params))
     params, opt = sharding.bytes_per_device(state.params), sharding.bytes_per_device(state.opt_state)
     device = jax.devices()[0].device_kind
-    lengths = " + ".join(str(length) for length in (dataset.input_length, dataset.target_length) if length)
+    layout = dataset.layout
+    lengths = " + ".join(str(length) for length in (layout.input_length, layout.target_length) if length)
     observer.note(f"mesh {sharding.describe(mesh)}: {mesh.size} device(s), {device}")
     observer.note(
         f"{count:,} parameters; each device holds {params / 1e6:.1f} MB of them, {opt / 1e6:.1f} MB of optimizer state"
         f" and {config.train.batch_size // sharding.axis_size(mesh, sharding.RULES['batch'])} of the batch's rows"
     )
+    examples = "training examples as they are read, in rows"
+    if isinstance(dataset, Dataset):
+        examples = f"{dataset.num_examples:,} training examples"
+        examples += f" in {dataset.num_rows:,} rows" if dataset.packed else ""
     observer.note(
-        f"{dataset.num_examples:,} training examples of {lengths} tokens;"
+        f"{examples} of {lengths} tokens;"
         f" {tokenizer.vocab_size:,} tokens in the vocabulary, {model.config.vocab_size:,} rows in the embedding"
     )

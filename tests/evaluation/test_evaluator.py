@@ -7,7 +7,7 @@ import pytest
 
 from t5x_lite import sharding
 from t5x_lite.data.objectives import SpanCorruption
-from t5x_lite.data.pipeline import span_corruption_dataset, text_to_text_dataset
+from t5x_lite.data.pipeline import text_dataset, text_to_text_dataset
 from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.evaluator import evaluate, generation_metrics, target_texts
@@ -40,7 +40,7 @@ def test_totals_over_batches_and_padded_rows() -> None:
 
 def test_sentinels_are_no_text() -> None:
     text = "abcdefghijklmnopqrstuvwxyz0123456789"
-    dataset = span_corruption_dataset([text], ByteTokenizer(), SpanCorruption(), 32, None, 1, 0)
+    dataset = text_dataset([text], ByteTokenizer(), SpanCorruption(), 32, None, 1, 0)
     batch = next(iter(dataset.eval_batches()))
     (with_sentinels,) = target_texts(batch, ByteTokenizer())
     (without,) = target_texts(batch, ByteTokenizer(), sentinels=False)
@@ -72,4 +72,9 @@ def test_exact_match_is_of_what_the_tokenizer_can_write() -> None:
             return texts
 
     pairs = [("yes", "Yes"), ("no", "no"), ("maybe", "never"), ("x", "X")]
-    assert generation_metrics(Echo(), pairs, max_new_tokens=5) == {"exact_match": 0.75}
+    examples = [(pair, {"inputs": pair[0], "targets": pair[1]}) for pair in pairs]
+    assert generation_metrics(Echo(), examples, max_new_tokens=5) == {"exact_match": 0.75}
+    # What a task measures is of the text as it is.
+    assert generation_metrics(Echo(), examples, 5, ["accuracy"]) == {"exact_match": 0.75, "accuracy": 0.25}
+    with pytest.raises(InputError, match="bleu"):
+        generation_metrics(Echo(), examples, 5, ["bleu"])

@@ -13,7 +13,7 @@ import pytest
 
 import t5x_lite
 from t5x_lite import GenerationConfig, LanguageModel
-from t5x_lite.data.pipeline import decoder_batch
+from t5x_lite.data.packing import decoder_batch
 from t5x_lite.data.tokenizers import load_tokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.interop import huggingface

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from t5x_lite import sharding
-from t5x_lite.data.pipeline import decoder_batch, encoder_decoder_batch
+from t5x_lite.data.objectives import Example
+from t5x_lite.data.packing import Layout, decoder_batch
 from t5x_lite.models import TransformerConfig, build, preset
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.sharding import make_mesh, put_batch
@@ -51,15 +52,8 @@ def lengths(rng: np.random.Generator, most: int) -> list[int]:
 
 
 def pairs(config: TransformerConfig, examples: Sequence[tuple[list[int], list[int]]], start: int) -> Batch:
-    arrays = [(np.array(source, np.int32), np.array(target, np.int32)) for source, target in examples]
-    return encoder_decoder_batch(
-        arrays,
-        rows=ROWS,
-        input_length=LENGTH,
-        target_length=LENGTH,
-        pad_id=config.fill_id,
-        decoder_start_id=start,
-    )
+    rows = [[Example(np.array(source, np.int32), np.array(target, np.int32))] for source, target in examples]
+    return Layout(LENGTH, LENGTH, config.fill_id, start)(rows, ROWS)
 
 
 @drawn

@@ -15,11 +15,12 @@ from t5x_lite.data.objectives.next_sentence import NextSentence
 from t5x_lite.data.objectives.sentences import sentence_bounds, sentence_windows
 from t5x_lite.data.objectives.span_corruption import IidDenoising, SpanCorruption, check_sentinels, mask_from_starts
 from t5x_lite.data.objectives.supervised import Chat, TextToText
-from t5x_lite.data.objectives.ul2 import DENOISERS, UL2, Denoiser
+from t5x_lite.data.objectives.ul2 import DENOISERS, MODE_TOKENS, UL2, Denoiser
 from t5x_lite.data.objectives.vocabulary import Vocabulary
 
 __all__ = [
     "DENOISERS",
+    "MODE_TOKENS",
     "UL2",
     "Bart",
     "CausalLM",

@@ -23,7 +23,9 @@ class Vocabulary:
 
     Attributes:
         vocab_size: every id is below it.
-        pad_id, eos_id, bos_id, mask_id, unk_id: as those of `Tokenizer`; None where there is no such token.
+        pad_id, eos_id, bos_id, unk_id: as those of `Tokenizer`; None where there is no such token.
+        mask_id: likewise; where there is no mask, `<extra_id_0>` takes its place, so that a vocabulary that was trained
+            here serves every objective.
         sentinels: the ids of `<extra_id_0>`, `<extra_id_1>`, ... in this order.
         prefix_ids, suffix_ids: what stands before and after a text.
         target_affixes: the same (prefix, suffix) for a target.
@@ -79,7 +81,7 @@ class Vocabulary:
             pad_id=tokenizer.pad_id,
             eos_id=tokenizer.eos_id,
             bos_id=tokenizer.bos_id,
-            mask_id=tokenizer.mask_id,
+            mask_id=tokenizer.mask_id if tokenizer.mask_id is not None else next(iter(tokenizer.sentinels), None),
             unk_id=tokenizer.unk_id,
             sentinels=tuple(tokenizer.sentinels),
             prefix_ids=tuple(tokenizer.prefix_ids),
