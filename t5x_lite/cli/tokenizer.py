@@ -7,9 +7,10 @@ from pathlib import Path
 
 from t5x_lite.cli.main import SETTINGS_HELP
 from t5x_lite.cli.settings import read_settings
-from t5x_lite.data import recipe
-from t5x_lite.data.sources import check_columns, read_records
-from t5x_lite.data.tokenizers import check_tokenizer, load_tokenizer, train_sentencepiece
+from t5x_lite.data.run_tokenizer import TRAINED_TOKENIZERS
+from t5x_lite.data.sources import check_columns, open_source, select
+from t5x_lite.data.tokenizer_check import check_tokenizer
+from t5x_lite.data.tokenizers import load_tokenizer, special_ids, train_sentencepiece
 from t5x_lite.errors import InputError
 
 
@@ -17,12 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
     """Declares the arguments of `train`, which writes a model for data.path, or `check`, which tries one on it."""
     if action == "train":
         parser.add_argument("output", metavar="OUTPUT.model", help="the file to write")
-        parser.add_argument("--type", default="unigram", help=f"one of {', '.join(recipe.TRAINED_TOKENIZERS)}")
+        parser.add_argument("--type", default="unigram", help=f"one of {', '.join(TRAINED_TOKENIZERS)}")
         parser.add_argument("--vocab-size", type=int, default=8000, help="pieces, sentinels included (default 8000)")
         parser.add_argument("--extra-ids", type=int, default=100, help="sentinels for span corruption (default 100)")
         parser.add_argument("--byte-fallback", action="store_true", help="spell unknown characters as bytes")
     else:
-        parser.add_argument("model", metavar="MODEL", help="a .model file, a run's tokenizer directory, or `bytes`")
+        parser.add_argument(
+            "model", metavar="MODEL", help="a .model or tokenizer.json, a directory with one, or `bytes`"
+        )
     parser.add_argument("settings", nargs="*", metavar="key=value", help=SETTINGS_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -32,13 +35,17 @@ def run(args: argparse.Namespace) -> int:
     from t5x_lite.cli.display import show
 
     data = read_settings(args.settings).config.data
-    check_columns(data.path, (data.text,))
-    texts = (record[data.text] for record in read_records(data.path, (data.text,)))
+    source = open_source(data.path)
+    check_columns(source, (data.text,))
+    texts = (select(where, row, (data.text,))[data.text] for where, row in source.records(columns=(data.text,)))
     if args.action == "check":
-        show(dataclasses.asdict(check_tokenizer(load_tokenizer(args.model), texts)), args.json)
+        tokenizer = load_tokenizer(args.model)
+        roles = {f"{name}_id": number for name, number in special_ids(tokenizer).items() if not name.startswith("<")}
+        sizes = {"vocab_size": tokenizer.vocab_size, "sentinels": len(tokenizer.sentinels)}
+        show(sizes | roles | dataclasses.asdict(check_tokenizer(tokenizer, texts)), args.json)
         return 0
-    if args.type not in recipe.TRAINED_TOKENIZERS:
-        raise InputError(f"--type '{args.type}' is unknown, allowed: {', '.join(recipe.TRAINED_TOKENIZERS)}")
+    if args.type not in TRAINED_TOKENIZERS:
+        raise InputError(f"--type '{args.type}' is unknown, allowed: {', '.join(TRAINED_TOKENIZERS)}")
     output = Path(args.output)
     if output.is_dir():
         raise InputError(f"'{output}' is a directory; name the .model file to write")

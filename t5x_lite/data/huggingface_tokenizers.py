@@ -32,7 +32,7 @@ from t5x_lite.data.tokenizer_files import (
 from t5x_lite.errors import InputError
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
-_BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("vocab.txt",))
 
 
 class HuggingFaceTokenizer(OneLanguage):
@@ -67,6 +67,10 @@ class HuggingFaceTokenizer(OneLanguage):
         is_bpe = type(backend.model).__name__ == "BPE"
         self._clean = bool(directory.settings.get("clean_up_tokenization_spaces")) and (bool(even_bpe) or not is_bpe)
         self._config = _saved_config(directory, backend, ids)
+
+    def id_of(self, token: str) -> int | None:
+        """See `Tokenizer.id_of`."""
+        return self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`; a lone surrogate, which has no UTF-8, becomes `?`.
@@ -123,11 +127,11 @@ class HuggingFaceTokenizer(OneLanguage):
         (Path(directory) / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
 
 
-def load_tokenizer_json(directory: ModelDirectory) -> HuggingFaceTokenizer:
-    """Returns the tokenizer of a directory with a `tokenizer.json`; raises InputError if it cannot be read."""
+def load_tokenizer_json(directory: ModelDirectory, name: str = "tokenizer.json") -> HuggingFaceTokenizer:
+    """Returns the tokenizer of a directory with such a file; raises InputError if it cannot be read."""
     import tokenizers
 
-    path = directory.path / "tokenizer.json"
+    path = directory.path / name
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
@@ -135,16 +139,16 @@ def load_tokenizer_json(directory: ModelDirectory) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(backend, directory)
 
 
-def vocabulary_files(path: Path) -> tuple[Path, ...]:
-    """Returns the vocabulary files of a directory: vocabulary and merges, or `vocab.txt`, or none."""
-    for names in (*_BYTE_LEVEL_FILES, ("vocab.txt",)):
-        if all((path / name).is_file() for name in names):
+def vocabulary_files(path: Path, named: str = "") -> tuple[Path, ...]:
+    """Returns the vocabulary files of a directory: vocabulary and merges, or `vocab.txt`; only those with `named`."""
+    for names in VOCABULARY_FILES:
+        if all((path / name).is_file() for name in names) and (not named or named in names):
             return tuple(path / name for name in names)
     return ()
 
 
-def load_vocabulary_files(directory: ModelDirectory) -> HuggingFaceTokenizer:
-    """Returns the tokenizer of a directory with `vocab.json` and `merges.txt`, or with `vocab.txt`.
+def load_vocabulary_files(directory: ModelDirectory, named: str = "") -> HuggingFaceTokenizer:
+    """Returns the tokenizer of a directory with `vocab.json` and `merges.txt`, or with `vocab.txt`; of those `named`.
 
     Without a class or a model's type, special tokens tell the models of the former apart: `<mask>` is RoBERTa's and
     BART's, otherwise `<|endoftext|>` is GPT-2's, and pieces that end in `</w>` are GPT-1's. RoBERTa's `<mask>` takes in
@@ -154,7 +158,7 @@ def load_vocabulary_files(directory: ModelDirectory) -> HuggingFaceTokenizer:
     Raises:
         InputError: a file that cannot be read, or a class whose pipeline is not known.
     """
-    files = vocabulary_files(directory.path)
+    files = vocabulary_files(directory.path, named)
     try:
         if len(files) == 1:
             return HuggingFaceTokenizer(_word_piece(directory, files[0]), directory)

@@ -108,8 +108,8 @@ class LayeredSentencePieceTokenizer:
     def _piece_id(self, piece: str) -> int | None:
         if piece in ("<s>", "<pad>", "</s>", "<unk>") and self._fairseq:
             return self._added[piece]["id"]
-        number = self._start.piece_to_id(piece)
-        return None if self._start.id_to_piece(number) != piece else number + self._fairseq
+        number = piece_id(self._start, piece)
+        return None if number is None else number + self._fairseq
 
     def _set_roles(self, directory: ModelDirectory) -> None:
         ids = role_ids(directory, lambda token: self._added.get(token, {}).get("id"), self.vocab_size, None)
@@ -156,6 +156,10 @@ class LayeredSentencePieceTokenizer:
                 for n, t in sorted(above.items())
             }
         return config
+
+    def id_of(self, token: str) -> int | None:
+        """See `Tokenizer.id_of`."""
+        return self._added[token]["id"] if token in self._added else self._piece_id(token)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -244,6 +248,12 @@ def piece_bytes(processor: Any) -> list[bytes]:
         return processor.decode([piece]).encode() if processor.is_unknown(piece) else name.replace("▁", " ").encode()
 
     return [text(piece) for piece in range(processor.get_piece_size())]
+
+
+def piece_id(processor: Any, piece: str) -> int | None:
+    """Returns the id of a piece of a SentencePiece model; None if it has no such piece."""
+    number: int = processor.piece_to_id(piece)  # the unknown one's where there is none
+    return number if processor.id_to_piece(number) == piece else None
 
 
 def sentencepiece_proto(model: bytes) -> Any:

@@ -1,6 +1,5 @@
-"""Tokenizers: SentencePiece vocabularies, raw bytes, and the training and checking of new vocabularies."""
+"""Tokenizers: SentencePiece vocabularies, raw bytes, and the training of new vocabularies."""
 
-import dataclasses
 import io
 import itertools
 import re
@@ -8,12 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from t5x_lite.data.huggingface_tokenizers import load_tokenizer_json, load_vocabulary_files, vocabulary_files
+from t5x_lite.data.huggingface_tokenizers import (
+    VOCABULARY_FILES,
+    load_tokenizer_json,
+    load_vocabulary_files,
+    vocabulary_files,
+)
 from t5x_lite.data.layered_sentencepiece import (
     FAIRSEQ_MODEL,
     LAYERED_CLASSES,
     LayeredSentencePieceTokenizer,
     piece_bytes,
+    piece_id,
     sentencepiece_processor,
     sentencepiece_proto,
 )
@@ -68,6 +73,13 @@ class Tokenizer(Protocol):
     @property
     def target_affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Prefix and suffix of a target: those of any text, but for mBART, which has the code of `tgt_lang` there."""
+        ...
+
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a token as the vocabulary spells it (`</s>`, `[MASK]`, a piece), or of `<extra_id_N>`.
+
+        None where there is no such token.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -165,6 +177,11 @@ class SentencePieceTokenizer(OneLanguage):
         """Makes `save` write this `tokenizer_config.json`, so that a directory saved again stays as it was."""
         self._config = dict(config)
 
+    def id_of(self, token: str) -> int | None:
+        """See `Tokenizer.id_of`."""
+        sentinel = _sentinel(token, self.sentinels)
+        return piece_id(self._processor, token) if sentinel is None else sentinel
+
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         ids: list[int] = []
@@ -224,6 +241,13 @@ class ByteTokenizer(OneLanguage):
         """See `SentencePieceTokenizer.keep_config`."""
         self._config = dict(config)
 
+    def id_of(self, token: str) -> int | None:
+        """See `Tokenizer.id_of`; `<pad>`, `</s>` and `<unk>` as ByT5 has them, and characters of one byte."""
+        sentinel = _sentinel(token, self.sentinels)
+        if sentinel is not None or len(token) != 1:
+            return {"<pad>": 0, "</s>": 1, "<unk>": 2}.get(token, sentinel)
+        return ord(token) + 3 if token.isascii() else None
+
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`; a lone surrogate, which has no UTF-8, becomes `?`."""
         ids: list[int] = []
@@ -265,10 +289,11 @@ def load_tokenizer(spec: str | Path, extra_ids: int = 100) -> Tokenizer:
     ids than the SentencePiece model.
 
     Args:
-        spec: `bytes`; a SentencePiece `.model` file; or a directory that `save` wrote, or that holds what Hugging Face
-            model directories do: `spiece.model`, `sentencepiece.model`, `tokenizer.model`, `sentencepiece.bpe.model`
-            or a single other `.model` file; `tokenizer.json`; `vocab.json` and `merges.txt` (or `encoder.json` and
-            `vocab.bpe`); `vocab.txt`; or only a `tokenizer_config.json` with ByT5's class.
+        spec: `bytes`; a SentencePiece `.model` file; a `tokenizer.json`, or one of the files of a vocabulary with those
+            that it needs beside it; or a directory that `save` wrote, or that holds what Hugging Face model directories
+            do: `spiece.model`, `sentencepiece.model`, `tokenizer.model`, `sentencepiece.bpe.model` or a single other
+            `.model` file; `tokenizer.json`; `vocab.json` and `merges.txt` (or `encoder.json` and `vocab.bpe`);
+            `vocab.txt`; or only a `tokenizer_config.json` with ByT5's class.
         extra_ids: how many sentinels to add to a SentencePiece model that has none; a directory's
             `tokenizer_config.json` takes precedence. Llama and mBART get none.
 
@@ -279,10 +304,13 @@ def load_tokenizer(spec: str | Path, extra_ids: int = 100) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec).expanduser()
     if path.is_file():
-        return SentencePieceTokenizer(path, extra_ids)
+        return _load_file(path, extra_ids)
     if not path.is_dir():
         hint = nearest(str(spec), ["bytes"])
-        raise InputError(f"no tokenizer at '{spec}'; allowed: 'bytes', a SentencePiece .model file, a directory{hint}")
+        raise InputError(
+            f"no tokenizer at '{spec}'; allowed: 'bytes', a SentencePiece .model file, a tokenizer.json, a vocab.txt,"
+            f" a directory{hint}"
+        )
     directory = ModelDirectory(path)
     if directory.settings.get(KIND) == "bytes" or directory.tokenizer_class == "ByT5Tokenizer":
         return _keeping(ByteTokenizer(), directory)
@@ -306,6 +334,19 @@ def load_tokenizer(spec: str | Path, extra_ids: int = 100) -> Tokenizer:
     )
 
 
+def _load_file(path: Path, extra_ids: int) -> Tokenizer:
+    for names in VOCABULARY_FILES:
+        if path.name in names:
+            if not vocabulary_files(path.parent, path.name):
+                raise InputError(
+                    f"'{path}' is not a tokenizer by itself: {' and '.join(names)} belong in one directory"
+                )
+            return load_vocabulary_files(ModelDirectory(path.parent), path.name)
+    if path.suffix == ".json":
+        return load_tokenizer_json(ModelDirectory(path.parent), path.name)
+    return SentencePieceTokenizer(path, extra_ids)
+
+
 def find_tokenizer(directory: str | Path) -> Tokenizer | None:
     """Loads the tokenizer of a directory; None if it holds none. One that cannot be read is an InputError all the same.
 
@@ -318,6 +359,13 @@ def find_tokenizer(directory: str | Path) -> Tokenizer | None:
         return load_tokenizer(directory)
     except NoTokenizer:
         return None
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the special ids that a tokenizer has, by name: `pad`, `eos`, `unk`, `bos`, `mask`, `<extra_id_0>`, ..."""
+    roles = {role: getattr(tokenizer, f"{role}_id") for role in ("pad", "eos", "unk", "bos", "mask")}
+    found = {role: number for role, number in roles.items() if number is not None}
+    return found | {name: number for number, name in sentinel_names(tokenizer.sentinels).items()}
 
 
 def require_eos(tokenizer: Tokenizer) -> int:
@@ -435,50 +483,9 @@ def _with_sentinels(model: bytes, extra_ids: int) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerReport:
-    """How well a vocabulary fits a corpus.
-
-    Attributes:
-        lines: the number of texts looked at.
-        unknown_rate: the fraction of tokens that are the unknown token.
-        round_trip_failures: the fraction of lines that encoding and decoding does not give back exactly.
-        lost_whitespace: the fraction of lines, among these, that differ in whitespace alone.
-        tokens_per_word: tokens for each whitespace-separated word.
-        bytes_per_token: UTF-8 bytes of text for each token.
-    """
-
-    lines: int
-    unknown_rate: float
-    round_trip_failures: float
-    lost_whitespace: float
-    tokens_per_word: float
-    bytes_per_token: float
-
-
-def check_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerReport:
-    """Measures a tokenizer on texts; raises InputError if there are none."""
-    lines = tokens = unknown = failures = whitespace = words = size = 0
-    for text in texts:
-        ids = tokenizer.encode(text)
-        back = tokenizer.decode(ids)
-        lines += 1
-        tokens += len(ids)
-        unknown += 0 if tokenizer.unk_id is None else ids.count(tokenizer.unk_id)
-        failures += back != text
-        whitespace += back != text and "".join(back.split()) == "".join(text.split())
-        words += len(text.split())
-        size += len(text.encode(errors="replace"))
-    if not lines:
-        raise InputError("no text to check the tokenizer on")
-    return TokenizerReport(
-        lines=lines,
-        unknown_rate=unknown / max(tokens, 1),
-        round_trip_failures=failures / lines,
-        lost_whitespace=whitespace / lines,
-        tokens_per_word=tokens / max(words, 1),
-        bytes_per_token=size / max(tokens, 1),
-    )
+def _sentinel(token: str, sentinels: tuple[int, ...]) -> int | None:
+    match = _SENTINEL.fullmatch(token)
+    return sentinels[int(match[1])] if match and int(match[1]) < len(sentinels) else None
 
 
 def _segments(text: str, sentinels: tuple[int, ...]) -> Iterator[str | int]:

@@ -11,12 +11,13 @@ import tokenizers
 from t5x_lite.data.huggingface_tokenizers import HuggingFaceTokenizer
 from t5x_lite.data.layered_sentencepiece import LayeredSentencePieceTokenizer
 from t5x_lite.data.objectives import TextToText
+from t5x_lite.data.tokenizer_check import check_tokenizer
 from t5x_lite.data.tokenizers import (
     ByteTokenizer,
     SentencePieceTokenizer,
-    check_tokenizer,
     load_tokenizer,
     require_eos,
+    special_ids,
 )
 from t5x_lite.errors import InputError
 
@@ -103,6 +104,31 @@ def test_special_ids_and_what_is_put_around_a_text(load, name):
     assert (tokenizer.eos_id, tokenizer.unk_id, tokenizer.mask_id) == (eos, special.get("unk"), special.get("mask"))
     assert tokenizer.pad_id == special.get("pad", special.get("unk") if eos is None else eos)
     assert all(0 <= token < tokenizer.vocab_size for ids in expected["ids"] for token in ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_by_the_names_of_their_tokens(load, name):
+    tokenizer = load(name)
+    names = {
+        "gpt2": {"<|endoftext|>": "eos"},
+        "roberta": {"<s>": "bos", "<pad>": "pad", "</s>": "eos", "<unk>": "unk", "<mask>": "mask"},
+        "gpt1": {"<unk>": "unk"},
+        "bert_cased": {"[CLS]": "bos", "[PAD]": "pad", "[SEP]": "eos", "[UNK]": "unk", "[MASK]": "mask"},
+        "llama": {"<s>": "bos", "</s>": "eos", "<unk>": "unk"},
+        "llama3": {"<|begin_of_text|>": "bos", "<|end_of_text|>": "eos"},
+        "t5_json": {"<pad>": "pad", "</s>": "eos", "<unk>": "unk"},
+    }
+    names |= {"bert_uncased": names["bert_cased"], "mbart": names["roberta"], "mbart50": names["roberta"]}
+    found = special_ids(tokenizer)
+    for token, role in names[name].items():
+        assert tokenizer.id_of(token) == found[role] == getattr(tokenizer, f"{role}_id")
+    assert tokenizer.id_of("no such token") is None
+    for number, sentinel in enumerate(tokenizer.sentinels):
+        assert tokenizer.id_of(f"<extra_id_{number}>") == found[f"<extra_id_{number}>"] == sentinel
+    # Of pieces too.
+    spelled = {"bert_cased": "the", "bert_uncased": "the", "gpt1": "the</w>"}
+    spelled |= dict.fromkeys(("gpt2", "roberta", "llama3"), "Ġthe")
+    assert tokenizer.id_of(spelled.get(name, "▁the")) == tokenizer.encode(" the")[-1]
 
 
 def test_what_is_put_around_a_text_by_name(load):
@@ -388,6 +414,22 @@ def test_the_model_is_known_by_its_tokens_where_no_file_names_it(directory):
         tokenizer = load_tokenizer(directory(name, ("vocab.json", "merges.txt", "vocab.txt")))
         assert tokenizer.encode_batch(TEXTS) == REFERENCE[name]["ids"]
         assert tokenizer.prefix_ids == tuple(REFERENCE[name]["prefix"])
+
+
+def test_a_file_instead_of_its_directory(directory):
+    folder = directory("gpt2", files=("vocab.json", "merges.txt"))
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n")  # BERT's, which would come second
+    for file in ("vocab.json", "merges.txt"):
+        assert load_tokenizer(folder / file).encode(TEXTS[0]) == load_tokenizer(FIXTURES / "gpt2").encode(TEXTS[0])
+    assert load_tokenizer(folder / "vocab.txt").encode("the") == [4]
+    (folder / "merges.txt").unlink()
+    with pytest.raises(InputError, match=r"is not a tokenizer by itself: vocab.json and merges.txt belong in one dir"):
+        load_tokenizer(folder / "vocab.json")
+    folder = directory("t5_json")
+    (folder / "tokenizer.json").rename(folder / "other.json")
+    tokenizer = load_tokenizer(folder / "other.json")
+    assert tokenizer.encode_batch(TEXTS) == load_tokenizer(FIXTURES / "t5_json").encode_batch(TEXTS)
+    assert tokenizer.suffix_ids == (tokenizer.id_of("</s>"),)  # the files beside it count
 
 
 def test_original_file_names(directory):

@@ -6,10 +6,10 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite.data.corpus import stdlib_documents
+from t5x_lite.data.tokenizer_check import check_tokenizer
 from t5x_lite.data.tokenizers import (
     ByteTokenizer,
     SentencePieceTokenizer,
-    check_tokenizer,
     load_tokenizer,
     train_sentencepiece,
 )
