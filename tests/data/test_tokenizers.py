@@ -1,8 +1,11 @@
+import functools
 import json
 import pathlib
+import shutil
 
 import pytest
 import sentencepiece
+import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite.data.corpus import stdlib_documents
@@ -14,6 +17,7 @@ from t5x_lite.data.tokenizers import (
     train_sentencepiece,
 )
 from t5x_lite.errors import InputError
+from t5x_lite.models.registry import PRESETS
 
 SHARED = pathlib.Path(__file__).parents[2].parent / "shared" / "data" / "tokenizers"
 TEXTS = ["Thank you for inviting me to your party.", "", " two  spaces ", "naïve café, 日本語 🎉", "{code}\ttabs"]
@@ -308,3 +312,75 @@ def test_published_vocabularies():
     for tokenizer in (t5, own):
         text = "Thank you <extra_id_0> me to your party <extra_id_1> week."
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    bare = load_tokenizer(SHARED / "t5-sentencepiece-32k", extra_ids=0)
+    assert (bare.vocab_size, bare.sentinels, bare.id_of("<extra_id_0>")) == (32000, (), None)
+    # The models' tables have more rows than there are ids, and the sentinels stay where the vocabulary ends.
+    assert {PRESETS[name].vocab_size for name in ("t5-small", "t5-11b", "t5-v1.1-base", "flan-t5-xl")} == {32128}
+    assert [t5.id_of(token) for token in ("<pad>", "</s>", "<unk>", "▁the", "<extra_id_3>", "<extra_id_100>")] == [
+        *(0, 1, 2, 8, 32096, None),
+    ]
+    assert own.id_of("<extra_id_3>") == own.sentinels[3] == 32097
+
+
+def sentencepiece_ids(file):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(SHARED / file))
+    return lambda texts: processor.encode(texts)
+
+
+def byte_level_ids(vocabulary, merges):
+    reference = tokenizers.ByteLevelBPETokenizer(str(SHARED / vocabulary), str(SHARED / merges))
+    return lambda texts: [encoding.ids for encoding in reference.encode_batch(texts)]
+
+
+def word_piece_ids(file, lowercase):
+    reference = tokenizers.BertWordPieceTokenizer(str(SHARED / file), lowercase=lowercase)
+    return lambda texts: [encoding.ids for encoding in reference.encode_batch(texts, add_special_tokens=False)]
+
+
+LLAMA = "../weights/llama2c-stories260K/tok512_rebuilt.model"
+PUBLISHED = {  # what is loaded (files by the name that they get), with which settings, and the libraries themselves
+    "t5": ({"spiece.model": "t5-sentencepiece-32k/spiece.model"}, {}, sentencepiece_ids),
+    "cc_all": ({"spiece.model": "t5-sentencepiece-cc_all-32100/sentencepiece.model"}, {}, sentencepiece_ids),
+    "botchan": ({"spiece.model": "sp-test-models/test_model.model"}, {}, sentencepiece_ids),
+    "japanese": ({"spiece.model": "sp-test-models/test_ja_model.model"}, {}, sentencepiece_ids),
+    "llama": ({"tokenizer.model": LLAMA}, {"tokenizer_class": "LlamaTokenizer"}, sentencepiece_ids),
+    "gpt2": ({"encoder.json": "gpt2-bpe/encoder.json", "vocab.bpe": "gpt2-bpe/vocab.bpe"}, {}, byte_level_ids),
+    "roberta": (
+        {"vocab.json": "roberta-bart-bpe/vocab.json", "merges.txt": "roberta-bart-bpe/merges.txt"},
+        {},
+        byte_level_ids,
+    ),
+    "bert_cased": (
+        {"vocab.txt": "bert-wordpiece/vocab_cased.txt"},
+        {"do_lower_case": False},
+        functools.partial(word_piece_ids, lowercase=False),
+    ),
+    "bert_uncased": (
+        {"vocab.txt": "bert-wordpiece/vocab_uncased.txt"},
+        {},
+        functools.partial(word_piece_ids, lowercase=True),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ten_thousand_lines():
+    lines: list[str] = []
+    for path in sorted((SHARED.parent / "corpora").rglob("*.txt")):
+        lines += path.read_text(encoding="utf-8").split("\n")
+    # What stands for a special token is text to the libraries' own builders.
+    lines = [line for line in lines if line.strip() and "<unk>" not in line and "[" not in line]
+    assert len(lines) > 50_000
+    return [lines[n * len(lines) // 10_000] for n in range(10_000)]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published vocabularies are not at hand")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ten_thousand_lines_equal_the_libraries(name, ten_thousand_lines, tmp_path):
+    files, settings, reference = PUBLISHED[name]
+    for target, source in files.items():
+        shutil.copyfile(SHARED / source, tmp_path / target)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = load_tokenizer(tmp_path).encode_batch(ten_thousand_lines)
+    assert found == reference(*files.values())(ten_thousand_lines)
+    assert sum(map(len, found)) > 100_000
