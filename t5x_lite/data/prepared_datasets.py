@@ -108,6 +108,11 @@ def open_tfds(spec: str, split: str | None, data_dir: str | None, part_bytes: in
     return found, [TfdsPart(found, start, stop, (stop - start) * record) for start, stop in spans]
 
 
+def is_tfds_directory(directory: str) -> bool:
+    """Whether TFDS has prepared a version of a dataset in this directory."""
+    return all(storage.is_file(posixpath.join(directory, name)) for name in ("features.json", "dataset_info.json"))
+
+
 def _builder(name: str, data_dir: str | None) -> Any:
     # From the files alone: the code that generates a dataset may need TensorFlow, or the network.
     from tensorflow_datasets.core import read_only_builder, registered
@@ -134,7 +139,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
 
 def _command(name: str, data_dir: str | None) -> str:
     # Not `tfds build`, which starts only where TensorFlow is installed.
-    call = f"tfds.data_source('{name}'" + (f", data_dir='{data_dir}')" if data_dir else ")")
+    where = f"data_dir='{data_dir}', " if data_dir else ""
+    call = f"tfds.builder('{name}', {where}file_format='array_record').download_and_prepare()"
     return f'python -c "import tensorflow_datasets as tfds; {call}"'
 
 

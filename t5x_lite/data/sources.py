@@ -19,7 +19,7 @@ from typing import Any, get_args
 from t5x_lite.data import corpus, storage
 from t5x_lite.data.binary_files import array_record_parts, arrow_parts, parquet_parts
 from t5x_lite.data.parts import PART_BYTES, OnSkip, Part, Reading, Record, Rows, judge, locate
-from t5x_lite.data.prepared_datasets import TFDS, is_saved_dataset, open_saved_dataset, open_tfds
+from t5x_lite.data.prepared_datasets import TFDS, is_saved_dataset, is_tfds_directory, open_saved_dataset, open_tfds
 from t5x_lite.data.readers import InputPart, LineFormat, line_parts
 from t5x_lite.errors import InputError, nearest
 
@@ -95,11 +95,13 @@ class Source:
             yield where, {name: value for name, value in record.items() if name not in old_names} | renamed
 
 
-def open_source(spec: str | Mapping[str, Any], reading: Reading | None = None, part_bytes: int = PART_BYTES) -> Source:
+def open_source(
+    spec: str | Sequence[str] | Mapping[str, Any], reading: Reading | None = None, part_bytes: int = PART_BYTES
+) -> Source:
     """Opens a source; looks at names and sizes, and into large files only as far as it takes to divide them.
 
     Args:
-      spec: a string, or a mapping of `path`, which is such a string or several, and any of
+      spec: a string, several, or a mapping of `path`, which is the same, and any of
         `format` (text, jsonl, json, tsv, csv, parquet, arrow, array_record; instead of what the suffix says),
         `split` and `data_dir` (of datasets), `columns` (wanted name: name in the file) and the fields of `Reading`.
         The string is one of these, or several separated by commas:
@@ -117,12 +119,14 @@ def open_source(spec: str | Mapping[str, Any], reading: Reading | None = None, p
       InputError: a source that is not there, an unknown format, key, encoding or split, only empty files.
     """
     reading = reading or Reading()
-    options = _checked({"path": spec} if isinstance(spec, str) else dict(spec))
+    options = _checked(dict(spec) if isinstance(spec, Mapping) else {"path": spec})
     reading = dataclasses.replace(reading, **{key: options[key] for key in _READING if key in options})
     paths = [options["path"]] if isinstance(options["path"], str) else list(options["path"])
     elements = [element for path in paths for element in _elements(path)]
     found = [_open(element, options, reading, part_bytes) for element in elements]
     names = ", ".join(paths)
+    if options.get("data_dir") and not any(element.startswith(TFDS) for element in elements):
+        raise InputError(f"'{names}' needs no data_dir={options['data_dir']}, which is for {TFDS}NAME")
     if options.get("split") and not any(element.takes_split for element in found):
         raise InputError(f"'{names}' has no splits; split={options['split']} is for tfds: and directories of datasets")
     is_stream = INPUT in elements
@@ -141,7 +145,7 @@ def open_source(spec: str | Mapping[str, Any], reading: Reading | None = None, p
     return Source(names, parts, json.dumps(identity), reading, columns, is_stream)
 
 
-def check_columns(source: Source | str | Mapping[str, Any], columns: Sequence[str]) -> None:
+def check_columns(source: Source | str | Sequence[str] | Mapping[str, Any], columns: Sequence[str]) -> None:
     """Raises InputError unless the first record of a source (as in `open_source`) has all of `columns`.
 
     The standard input is not looked at, because what has been read of it is gone.
@@ -267,6 +271,8 @@ def _open(element: str, options: Mapping[str, Any], reading: Reading, part_bytes
         dataset, dataset_parts = open_tfds(element, split, data_dir, part_bytes)
         return _Element(dataset_parts, dataset.identity(), takes_split=True)
     if storage.is_directory(element):
+        if is_tfds_directory(element):
+            raise InputError(f"'{element}' is a dataset of TFDS; read it as {TFDS}NAME, with its data_dir")
         if not is_saved_dataset(element):
             example = os.path.join(element, "*.jsonl")
             raise InputError(f"'{element}' is a directory; give its files, for example '{example}'")
@@ -291,6 +297,13 @@ def _lines(line_format: LineFormat) -> Callable[[storage.StoredFile, Reading, in
     return lambda file, reading, size: line_parts(file, line_format, reading.encoding, size)
 
 
+def _array_record(file: storage.StoredFile, reading: Reading, part_bytes: int) -> Sequence[Part]:
+    # Its records are no texts, though short ones may look so.
+    if is_tfds_directory(os.path.dirname(file.path)):
+        raise InputError(f"'{file.path}' is of a dataset of TFDS; read that as {TFDS}NAME, with its data_dir")
+    return array_record_parts(file, part_bytes)
+
+
 _FORMATS = {
     "text": _Format((".txt", ".text", ".md", ".rst", ".log", ""), _lines("text")),
     "jsonl": _Format((".jsonl",), _lines("jsonl")),
@@ -299,9 +312,7 @@ _FORMATS = {
     "csv": _Format((".csv",), _lines("csv")),
     "arrow": _Format((".arrow",), lambda file, reading, size: arrow_parts(file, size)),
     "parquet": _Format((".parquet",), lambda file, reading, size: parquet_parts(file, size)),
-    "array_record": _Format(
-        (".array_record", ".arrayrecord"), lambda file, reading, size: array_record_parts(file, size)
-    ),
+    "array_record": _Format((".array_record", ".arrayrecord"), _array_record),
 }
 
 

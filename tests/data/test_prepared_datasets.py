@@ -13,7 +13,7 @@ import pytest
 from t5x_lite.data.sources import check_columns, open_source, read_records
 from t5x_lite.errors import InputError
 
-PREPARE = 'python -c "import tensorflow_datasets as tfds; tfds.data_source('
+PREPARE = 'python -c "import tensorflow_datasets as tfds; tfds.builder('
 
 
 def example(number):
@@ -130,8 +130,8 @@ MISTAKES = {
     "questions/short:train[:x%]": r"has no split 'train\[:x%\]' \(Error parsing split",
     "questions/shrt": r"'tfds:questions/shrt' is not prepared in DIR \(but questions/short/1\.2\.0 is\)",
     "questions/short:2.0.0": r"short:2\.0\.0' is not prepared in DIR \(but questions/short/1\.2\.0 is\)",
-    "question": r"is not prepared in DIR; did you mean 'questions'; to prepare it: PREPARE'question', data_dir='DIR'",
-    "squad": r"'tfds:squad' is not prepared in DIR; to prepare it: PREPARE'squad', data_dir='DIR'\)\"$",
+    "question": r"is not prepared in DIR; did you mean 'questions'; to prepare it: PREPARE'question', data_dir='DIR',",
+    "squad": r"'tfds:squad' is not prepared in DIR; to prepare it: PREPARE'squad', data_dir='DIR', file_format=",
     "": "is not of the form tfds:NAME",
     "a b": "is not of the form tfds:NAME",
 }
@@ -149,8 +149,38 @@ def test_tfds_in_another_format(data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "tfds")
     info = tmp_path / "tfds" / "questions" / "short" / "1.2.0" / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(InputError, match=r"prepared as tfrecord, not as array_record; .*tfds_array_record'\)\"$"):
+    with pytest.raises(InputError, match=r"prepared as tfrecord, not as array_record; .*tfds_array_record', file"):
         tfds("questions/short", str(tmp_path / "tfds"))
+
+
+def test_the_command_that_prepares_a_dataset_does(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    class PreparedByCommand(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": np.object_}))
+
+        def _split_generators(self, dl_manager):
+            return {"train": iter([(0, {"text": "one"})])}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    spec = {"path": "tfds:prepared_by_command", "data_dir": str(tmp_path)}
+    with pytest.raises(InputError, match="to prepare it: python -c") as error:
+        open_source(spec)
+    exec(str(error.value).partition('python -c "')[2].removesuffix('"'))
+    assert [record for _, record in open_source(spec).records()] == [{"text": "one"}]
+
+
+def test_the_files_of_a_tfds_dataset_are_not_read_without_it(data_dir):
+    directory = f"{data_dir}/questions/short/1.2.0"
+    for path in (directory, f"{directory}/*.array_record*"):
+        with pytest.raises(InputError, match=r"of TFDS; read (it|that) as tfds:NAME, with its data_dir"):
+            open_source(path)
 
 
 def test_tfds_identity(data_dir, tmp_path):

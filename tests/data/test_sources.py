@@ -168,9 +168,9 @@ def test_a_mapping_says_more_than_a_string(tmp_path):
         check_columns(source, ("q",))
     for name in ("b.txt", "a.txt"):
         (tmp_path / name).write_text(name)
-    assert records({"path": [f"{tmp_path}/b.txt", f"{tmp_path}/?.txt"]}) == [
-        {"text": name} for name in ("b.txt", "a.txt", "b.txt")
-    ]
+    paths = [f"{tmp_path}/b.txt", f"{tmp_path}/?.txt"]
+    expected = [{"text": name} for name in ("b.txt", "a.txt", "b.txt")]
+    assert records({"path": paths}) == records(paths) == records(",".join(paths)) == expected
 
 
 def test_columns_are_renamed_and_read_by_their_names_in_the_file(tmp_path):
@@ -193,6 +193,7 @@ MAPPINGS = {
     "on_error": ({"path": "FILE", "on_error": "ignore"}, "on_error is 'ignore', allowed: raise, skip"),
     "max_record_bytes": ({"path": "FILE", "max_record_bytes": "1MB"}, "max_record_bytes is '1MB', it must be an int"),
     "split": ({"path": "FILE", "split": "train"}, "has no splits; split=train is for tfds: and directories of"),
+    "data_dir for files": ({"path": "FILE", "data_dir": "/d"}, "needs no data_dir=/d, which is for tfds:NAME"),
     "columns": ({"path": "FILE", "columns": ["a"]}, "'columns' of a source is .*, it must map wanted names"),
     "data_dir": ({"path": "FILE", "data_dir": 3}, "'data_dir' of a source is 3, it must be a string"),
 }
