@@ -246,7 +246,8 @@ def test_input_length_too_short():
 
 def test_text_to_text_cuts_and_then_appends_eos():
     objective = TextToText(input_length=4, target_length=3)
-    example = objective.encode(("abcdef", "é"), ByteTokenizer())
+    inputs, targets = (np.array(ByteTokenizer().encode(text)) for text in ("abcdef", "é"))
+    example = objective(inputs, targets, np.random.default_rng(0), Vocabulary.of(ByteTokenizer()))
     inputs, targets = example.inputs, example.targets
     assert inputs.tolist() == [100, 101, 102, 1]
     assert targets.tolist() == [198, 172, 1]

@@ -1,7 +1,6 @@
 """The form of an example, and what every training objective can be asked."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -32,12 +31,6 @@ class Example:
     input_weights: np.ndarray | None = None
     input_types: np.ndarray | None = None
     next_sentence: int | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.inputs, self.targets))
-
-    def __getitem__(self, side: int) -> Any:
-        return (self.inputs, self.targets)[side]
 
 
 class Objective(Protocol):

@@ -121,7 +121,7 @@ class SpanCorruption:
 
     def __call__(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         """Corrupts int `tokens` [n] afresh and closes both sides with EOS; raises what `corrupt` raises."""
-        eos_id = Vocabulary.require_eos(vocabulary)
+        eos_id = vocabulary.require_eos()
         inputs, targets = self.corrupt(tokens, self.noise_mask(len(tokens), rng), vocabulary.sentinels)
         return Example(append_eos(inputs, eos_id), append_eos(targets, eos_id))
 

@@ -1,13 +1,12 @@
 """Supervised objectives: an answer to an input, where only the answer counts in the loss."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from t5x_lite.data.objectives.example import Example, append_eos, frame
 from t5x_lite.data.objectives.vocabulary import Vocabulary
-from t5x_lite.data.tokenizers import Tokenizer
 from t5x_lite.errors import InputError
 
 _Sides = Literal["encoder_decoder", "decoder"]
@@ -76,20 +75,16 @@ class TextToText:
         room = [len(prefix) + len(suffix) for prefix, suffix in affixes]
         return inputs > self.input_length - room[0], targets > self.target_length - room[1]
 
-    def __call__(self, inputs: np.ndarray, targets: np.ndarray, *context: Any) -> Example:
+    def __call__(
+        self, inputs: np.ndarray, targets: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary
+    ) -> Example:
         """Returns the int tokens `inputs` [n] and `targets` [m] cut to fit, with the special tokens; draws nothing."""
-        vocabulary = context[-1]
         if self.sides == "decoder":
             return _row(inputs, append_eos(targets, vocabulary.require_eos(), self.target_length), self.target_length)
         around = vocabulary.prefix_ids, vocabulary.suffix_ids
         return Example(
             frame(inputs, around, self.input_length), frame(targets, vocabulary.target_affixes, self.target_length)
         )
-
-    def encode(self, pair: tuple[str, str], tokenizer: Tokenizer) -> Example:
-        """Returns a pair of texts as tokens, cut to fit, with the special tokens around them."""
-        inputs, targets = (np.array(ids, np.int32) for ids in tokenizer.encode_batch(list(pair)))
-        return self(inputs, targets, tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures" / "tokenizers"
 
 def test_of_bytes():
     vocabulary = Vocabulary.of(ByteTokenizer())
-    assert (vocabulary.vocab_size, vocabulary.pad_id, vocabulary.eos_id, vocabulary.mask_id) == (259, 0, 1, None)
+    assert (vocabulary.vocab_size, vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id) == (259, 0, 1, None)
     assert np.flatnonzero(vocabulary.special).tolist() == [0, 1, 2, *range(248, 259)]
     assert [chr(token - 3) for token in np.flatnonzero(vocabulary.sentence_ends)] == ["!", ".", "?"]
     starts = {chr(token - 3) for token in np.flatnonzero(vocabulary.word_starts & ~vocabulary.special)}
