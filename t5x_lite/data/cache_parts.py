@@ -153,7 +153,7 @@ class _PartFiles:
             values = [encoded.features[number] for encoded in batch]
             lengths = np.fromiter(map(len, values), little_endian("int64"), len(values))
             total = int(lengths.sum())
-            next(files).write(np.fromiter(itertools.chain.from_iterable(values), kind, total).data)
+            next(files).write(_joined(values, kind, total).data)
             next(files).write(lengths.data)
             self._tokens += total * (kind == self._types[0])  # and not the counts or masks that go with them
         self._files[KEYS].write(text_hashes([encoded.key for encoded in batch]).data)
@@ -175,6 +175,12 @@ class _PartFiles:
         }
         write(self._directory / PART, json.dumps(told).encode())
         return self._tokens
+
+
+def _joined(values: Sequence[Any], kind: np.dtype, total: int) -> np.ndarray:
+    if values and isinstance(values[0], np.ndarray):
+        return np.concatenate(values, dtype=kind, casting="unsafe")  # every id is below the size that `kind` is for
+    return np.fromiter(itertools.chain.from_iterable(values), kind, total)
 
 
 def concatenate(paths: Sequence[Path], target: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ Record = Mapping[str, Any]
 Preprocessor = Callable[[Any], Any]
 """From a record to a record, to None for none, or to an iterable of records."""
 
+_LONG = 200  # characters, on average; an array costs as much as a list of some fifty ids
+
 # A full stop or the like, perhaps with closing quotes and brackets, and space behind it.
 _SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*\s+|[\u3002\uff01\uff1f]")
 
@@ -94,6 +96,12 @@ class _Encoder:
     def _ids(self) -> str:
         return id_type(self.tokenizer.vocab_size)
 
+    def _arrays(self, texts: Sequence[str]) -> Sequence[Any]:
+        """Returns the ids of texts: as arrays if the tokenizer gives such and the texts are long, which is then faster."""
+        is_long = sum(map(len, texts)) > _LONG * len(texts)
+        encode = getattr(self.tokenizer, "encode_arrays", None) if is_long else None
+        return (encode or self.tokenizer.encode_batch)(texts)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextEncoder(_Encoder):
@@ -132,9 +140,9 @@ class TextEncoder(_Encoder):
 
     def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
         """See `Encoder`."""
-        texts = [text for (text,) in self.texts(records)]
+        texts = _texts(preprocessed(records, self.preprocessors), self.column)
         if not self.sentences:
-            yield from map(Encoded, zip(self.tokenizer.encode_batch(texts), strict=True), texts, map(len, texts))
+            yield from map(Encoded, zip(self._arrays(texts), strict=True), texts, map(len, texts))
             return
         divided = [split_sentences(text) for text in texts]
         encoded = iter(self.tokenizer.encode_batch([sentence for parts in divided for sentence in parts]))
@@ -181,7 +189,7 @@ class PairEncoder(_Encoder):
         """See `Encoder`."""
         pairs = list(self.texts(records))
         # In one call, so that a tokenizer with threads has all of it to divide among them.
-        ids = self.tokenizer.encode_batch([text for pair in pairs for text in pair])
+        ids = self._arrays([text for pair in pairs for text in pair])
         for n, (source, target) in enumerate(pairs):
             yield Encoded((ids[2 * n], ids[2 * n + 1]), source, len(source) + len(target))
 

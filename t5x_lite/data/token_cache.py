@@ -224,6 +224,8 @@ def build_cache(
             # Another builder, on a machine that the lock does not reach, may have come first and cleared up.
             gone = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
             if not (gone and final.is_dir()):
+                if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a disk that is full
+                    error.filename = str(root)
                 raise
         for path in Path(root).glob(f"{final.name}.*.building"):
             shutil.rmtree(path, ignore_errors=True)

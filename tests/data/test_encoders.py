@@ -87,6 +87,22 @@ def test_running_text(tokenizer):
     assert (encoder.features, encoder.types) == (("tokens",), ("uint16",))
 
 
+def test_long_texts_become_arrays_where_the_tokenizer_gives_them(tmp_path):
+    tokenizer = train_sentencepiece(CORPUS, tmp_path / "m.model", 60, extra_ids=5)
+    texts = [text * 9 for text in ("ships, and <extra_id_1> the fog", "", "\ud800 keeper", "2 ships ")]
+    arrays = tokenizer.encode_arrays(texts)
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+    assert [array.tolist() for array in arrays] == tokenizer.encode_batch(texts)
+    for encoder, records in (
+        (TextEncoder(tokenizer), [{"text": text * 9} for text in texts]),
+        (PairEncoder(tokenizer), [{"inputs": text * 9, "targets": text * 9} for text in texts]),
+    ):
+        long, short = encode(encoder, *records), encode(encoder, *records, *({**records[1]} for _ in range(100)))
+        assert type(long[0].features[0]) is np.ndarray
+        assert type(short[0].features[0]) is list
+        assert [[list(ids) for ids in each.features] for each in long] == [list(each.features) for each in short[:4]]
+
+
 def test_a_large_vocabulary_takes_four_bytes():
     class Large(ByteTokenizer):
         vocab_size = 2**16 + 1

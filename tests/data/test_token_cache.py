@@ -17,7 +17,7 @@ from t5x_lite.data import cache_parts, token_cache, worker_processes
 from t5x_lite.data.encoders import PairEncoder, TextEncoder
 from t5x_lite.data.sources import Reading, open_source
 from t5x_lite.data.token_cache import build_cache, cache_key, open_cache
-from t5x_lite.data.tokenizers import ByteTokenizer
+from t5x_lite.data.tokenizers import ByteTokenizer, train_sentencepiece
 from t5x_lite.data.tokens import text_hashes, tokenizer_identity
 from t5x_lite.errors import InputError
 
@@ -138,6 +138,15 @@ def test_a_cache_holds_what_the_encoder_gives(tmp_path, numbers):
     assert sorted(os.listdir(tmp_path)) == [cache.directory.name, f"{cache.directory.name}.lock"]
 
 
+def test_long_and_short_texts_are_written_alike(tmp_path):
+    tokenizer = train_sentencepiece(["a b c d e f g h"] * 9, tmp_path / "m.model", 20, extra_ids=2)
+    texts = [*(f"a b {'c ' * n}" for n in range(1000)), *["d e"] * 1000]  # a batch of each
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    cache = build_cache(open_source(str(tmp_path / "texts.txt")), TextEncoder(tokenizer), tmp_path / "root")
+    found = [cache.features["tokens"][n].tolist() for n in range(2000)]
+    assert found == [tokenizer.encode(text) for text in texts]
+
+
 def test_a_cache_that_is_there_is_opened(tmp_path, numbers):
     (tmp_path / "log").mkdir()
     (tmp_path / "root").mkdir()
@@ -208,7 +217,7 @@ def test_building_goes_on_where_it_was_ended(tmp_path, numbers, how):
         from cached_numbers import Numbers
         from t5x_lite.data.encoders import TextEncoder
         from t5x_lite.data.token_cache import build_cache
-        from t5x_lite.data.tokenizers import ByteTokenizer
+        from t5x_lite.data.tokenizers import ByteTokenizer, train_sentencepiece
         source = Numbers(parts=(5,) * 12, log={str(log)!r}, seconds=0.1)
         build_cache(source, TextEncoder(ByteTokenizer()), {str(root)!r}, workers=2)
         """,
@@ -429,7 +438,7 @@ def test_a_script_without_a_main_guard(tmp_path, numbers):
         from cached_numbers import Numbers
         from t5x_lite.data.encoders import TextEncoder
         from t5x_lite.data.token_cache import build_cache
-        from t5x_lite.data.tokenizers import ByteTokenizer
+        from t5x_lite.data.tokenizers import ByteTokenizer, train_sentencepiece
         def own(record):
             return {"text": record["text"] + "!"}
         print(len(build_cache(Numbers(), TextEncoder(ByteTokenizer()), "a", workers=2)))
