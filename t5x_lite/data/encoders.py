@@ -97,7 +97,7 @@ class _Encoder:
         return id_type(self.tokenizer.vocab_size)
 
     def _arrays(self, texts: Sequence[str]) -> Sequence[Any]:
-        """Returns the ids of texts: as arrays if the tokenizer gives such and the texts are long, which is then faster."""
+        """Returns the ids of texts, as arrays where the tokenizer gives them and the texts are so long that it pays."""
         is_long = sum(map(len, texts)) > _LONG * len(texts)
         encode = getattr(self.tokenizer, "encode_arrays", None) if is_long else None
         return (encode or self.tokenizer.encode_batch)(texts)
