@@ -248,9 +248,10 @@ class Records:
 
     def sizes(self) -> np.ndarray:
         """See `ExampleSet`."""
-        # What is cut to fit has the length that it is cut to, and only the objective knows how.
-        rng = np.random.default_rng(0)
+        if isinstance(self.objective, TextToText):
+            return self.objective.lengths(*self._lengths(), self.vocabulary)
         sizes = np.zeros((len(self), 2), np.int64)
+        rng = np.random.default_rng(0)
         for index in range(len(self)):
             (example,) = self(index, rng)
             sizes[index] = [0 if ids is None else len(ids) for ids in (example.inputs, example.targets)]
@@ -260,12 +261,12 @@ class Records:
         """Returns how many inputs and how many targets are cut to fit; of conversations it is not counted."""
         if not isinstance(self.objective, TextToText):
             return 0, 0
-        lengths = []
-        for name in self.objective.arrays:
-            offsets = self.source.features[name].offsets
-            lengths.append(offsets[self.records + 1] - offsets[self.records])
-        inputs, targets = self.objective.truncated(*lengths, self.vocabulary)
+        inputs, targets = self.objective.truncated(*self._lengths(), self.vocabulary)
         return int(inputs.sum()), int(targets.sum())
+
+    def _lengths(self) -> list[np.ndarray]:
+        offsets = (feature.offsets for feature in self.source.features.values())
+        return [own[self.records + 1] - own[self.records] for own in offsets]
 
 
 def examples_of(

@@ -4,13 +4,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
 
 from t5x_lite.data.huggingface_tokenizers import HuggingFaceTokenizer
 from t5x_lite.data.layered_sentencepiece import LayeredSentencePieceTokenizer
-from t5x_lite.data.objectives import TextToText
+from t5x_lite.data.objectives import TextToText, Vocabulary
 from t5x_lite.data.tokenizer_check import check_tokenizer
 from t5x_lite.data.tokenizers import (
     ByteTokenizer,
@@ -549,8 +550,9 @@ def test_targets_of_mbart_have_the_language_of_the_target(directory, tmp_path):
     assert tokenizer.target_affixes == ((), (2, *romanian))
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").target_affixes == tokenizer.target_affixes
-    inputs, targets = TextToText(8, 8).encode(("a", "a"), tokenizer)
-    assert (inputs[-1], targets[-1]) == (*english, *romanian)
+    text = np.array(tokenizer.encode("a"))
+    example = TextToText(8, 8)(text, text, np.random.default_rng(0), Vocabulary.of(tokenizer))
+    assert (example.inputs[-1], example.targets[-1]) == (*english, *romanian)
     with pytest.raises(InputError, match="tgt_lang 'ro': allowed are ar_AR"):
         load_tokenizer(directory("mbart", tokenizer_config=settings | {"tgt_lang": "ro"}))
 
