@@ -327,7 +327,21 @@ def resolve(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Re
         values[key], origins[key] = value, origin
     if "model.vocab_size" in given and "fit_vocabulary" not in given:
         values["fit_vocabulary"], origins["fit_vocabulary"] = False, "model.vocab_size is given"
+    if "data.objective" not in given:
+        values["data.objective"], origins["data.objective"] = _likely_objective(values, given)
     return Resolved(validate(values), origins)
+
+
+def _likely_objective(values: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the objective of who names none, and why: what the columns, else the stacks of the model are for."""
+    if paired := [key for key in ("data.inputs", "data.targets") if key in given]:
+        return "text_to_text", f"{paired[0]} is given"
+    if str(values["model.num_encoder_layers"]) == "0":
+        return "causal_lm", "the model has no encoder"
+    if str(values["model.num_decoder_layers"]) == "0":
+        objective = "next_sentence" if values["model.head"] == "pretraining" else "masked_lm"
+        return objective, "the model has no decoder"
+    return values["data.objective"], "default"
 
 
 def _parse(value: str) -> Any:

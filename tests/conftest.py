@@ -16,6 +16,8 @@ FLAGS = {
     # Most of a test's time is compiling. Without LLVM's optimisations that takes half as long, and models this small
     # run no slower to speak of.
     "--xla_backend_optimization_level": 0,
+    # And the older way of fusing operations compiles a third faster again.
+    "--xla_backend_extra_options": "xla_cpu_disable_new_fusion_emitters",
 }
 for _flag, _value in FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):

@@ -94,3 +94,20 @@ def test_a_list_on_the_command_line() -> None:
     assert (model.stop_ids, model.rotary_scaling) == ((3, 4), (8.0, 1.0, 4.0, 64))
     with pytest.raises(InputError, match="stop_ids"):
         resolve(None, ["model.stop_ids=[3, x"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective", "origin"),
+    [
+        ([], "span_corruption", "default"),
+        (["data.inputs=question"], "text_to_text", "data.inputs is given"),
+        (["model=decoder-small", "data.targets=answer"], "text_to_text", "data.targets is given"),
+        (["model=gpt2"], "causal_lm", "the model has no encoder"),
+        (["model=bert-base-uncased"], "next_sentence", "the model has no decoder"),
+        (["model=roberta-base"], "masked_lm", "the model has no decoder"),
+        (["model=gpt2", "data.objective=chat"], "chat", "command line"),
+    ],
+)
+def test_the_objective_follows_from_columns_and_model(settings: list[str], objective: str, origin: str) -> None:
+    resolved = resolve(None, settings)
+    assert (resolved.config.data.objective, resolved.origins["data.objective"]) == (objective, origin)

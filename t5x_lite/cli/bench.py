@@ -1,10 +1,11 @@
-"""`t5x-lite bench`: how fast a model generates here, and how fast it could."""
+"""`t5x-lite bench`: how fast a model generates here, and how fast it could; how fast its data is made."""
 
 import argparse
 import json
 from itertools import product
 from pathlib import Path
 
+from t5x_lite.cli import bench_data
 from t5x_lite.errors import InputError, nearest
 
 _EPILOG = """Presets have random weights. No row ends early, and the time of a run includes reading the input. The
@@ -28,7 +29,10 @@ _COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
-    """Declares the arguments of `decode`."""
+    """Declares the arguments of `decode`, or of `data`."""
+    if action == "data":
+        bench_data.add_arguments(parser)
+        return
     parser.epilog = _EPILOG
     parser.add_argument(
         "models",
@@ -52,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures every model, strategy and batch size, and prints each as soon as it is there."""
+    """Measures every model, strategy and batch size, and prints each as soon as it is there; or the data."""
+    if args.action == "data":
+        return bench_data.run(args)
     sizes = _sizes(args.batch_size)
     if args.repeats < 1:
         raise InputError(f"--repeats must be at least 1, not {args.repeats}")

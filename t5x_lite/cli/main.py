@@ -23,14 +23,14 @@ COMMANDS = {
     "score": ("score", "how likely a model finds targets given their inputs, or texts by themselves"),
     "import": ("import_checkpoint", "a Hugging Face or T5X checkpoint into a run directory"),
     "export": ("export", "a run into a Hugging Face directory"),
-    "bench": ("bench", "how fast a model generates, and how fast memory would let it"),
+    "bench": ("bench", "how fast a model generates and memory would let it, or how fast its data is made"),
     "tokenizer": ("tokenizer", "train a SentencePiece tokenizer, or check one on a text"),
     "data": ("data", "show examples as the model sees them"),
     "config": ("config", "show every setting and where its value comes from"),
     "doctor": ("doctor", "versions, devices, memory, and what is missing"),
 }
 
-ACTIONS = {"bench": ("decode",), "tokenizer": ("train", "check"), "data": ("show",), "config": ("show",)}
+ACTIONS = {"bench": ("decode", "data"), "tokenizer": ("train", "check"), "data": ("show",), "config": ("show",)}
 
 SETTINGS_HELP = "a YAML file or a run directory, then key=value settings such as train.steps=100"
 

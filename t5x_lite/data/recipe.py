@@ -142,10 +142,10 @@ class Datasets:
 
 
 def open_data(data: DataConfig) -> RunData:
-    """Opens the sources of a run, and looks at the columns of their first records, before anything slow is done.
+    """Opens the sources that a configuration names; see `open_mixture`.
 
     Raises:
-      InputError: a missing file, an unknown format, a column that is not there, a task that is not known.
+      InputError: as `open_mixture`, and a task that is not known.
     """
     entries = data.tasks or (TaskConfig(task=data.task, path=_given_path(data), eval_path=data.eval_path, rate=1.0),)
     members: dict[Task | Mixture, float | str] = {}
@@ -159,7 +159,22 @@ def open_data(data: DataConfig) -> RunData:
         members[member] = 1.0 if by_number else entry.rate
         settings |= {task.name: entry for task in (member.tasks if isinstance(member, Mixture) else (member,))}
     mixture = Mixture(members, limit=data.max_examples, temperature=data.temperature)
-    tasks = tuple(_open_task(task, settings[task.name], data) for task in mixture.tasks)
+    return open_mixture(mixture, data, settings)
+
+
+def open_mixture(mixture: Mixture, data: DataConfig, settings: Mapping[str, TaskConfig] | None = None) -> RunData:
+    """Opens the sources of tasks, and looks at the columns of their first records, before anything slow is done.
+
+    Args:
+      mixture: of tasks, published ones or one's own.
+      data: how files are read; columns and objective of the tasks that do not say.
+      settings: of single tasks, by name; a task that is not here is taken to give `inputs` and `targets`.
+
+    Raises:
+      InputError: a missing file, an unknown format, a column that is not there.
+    """
+    own = settings or {}
+    tasks = tuple(_open_task(task, own.get(task.name, TaskConfig(task=task.name)), data) for task in mixture.tasks)
     for task in tasks:
         for source in task.sources:
             check_columns(source, task.columns)
@@ -378,6 +393,8 @@ def datasets(data: RunData, config: RunConfig, tokenizer: Tokenizer, progress: P
             kept = np.ones(len(apart), bool)
             validation.append(build.component(task, apart, kept, objective, size))
             contents.append(apart.digest)
+    if not (config.data.packing or config.data.streaming):
+        build.trim([component for component in (*train, *validation) if isinstance(component, Component)])
     rates = _rates(data, train)
     train = [dataclasses.replace(component, rate=rates[component.name]) for component in train]
     settings = config.data
@@ -428,6 +445,16 @@ class _Builder:
         # The longest rows that a task needs are the rows of all.
         longest = max(layout.target_length for layout in self._layouts)
         return dataclasses.replace(self._layouts[0], target_length=longest)
+
+    def trim(self, components: Sequence[Component]) -> None:
+        """Makes rows no longer than the longest pair of the data, rounded up to a multiple of 8."""
+        if not all(isinstance(component.examples, Records) for component in components):
+            return
+        longest = np.max([component.examples.sizes().max(axis=0, initial=1) for component in components], axis=0)
+        lengths = (-(-longest // 8) * 8).tolist()
+        for index, layout in enumerate(self._layouts):
+            shorter = min(layout.input_length, lengths[0]), min(layout.target_length, lengths[1])
+            self._layouts[index] = dataclasses.replace(layout, input_length=shorter[0], target_length=shorter[1])
 
     def cache(self, task: TaskData, source: Source | Path | None) -> TokenCache | None:
         if source is None:

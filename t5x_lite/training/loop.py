@@ -69,11 +69,16 @@ class TrainResult:
     mesh: Mesh
 
 
-def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
+def train(config: RunConfig, observer: Observer | None = None, data: recipe.RunData | None = None) -> TrainResult:
     """Trains as `config` says, or continues the run that `config.out` holds, and leaves a run directory.
 
     A run that is killed and started again goes on from its latest checkpoint with the same data, random numbers and
     so the same losses, bit for bit on the same machine and mesh.
+
+    Args:
+      config: of the run.
+      observer: hears of what happens.
+      data: to train on, where it is not what `config.data` names: tasks of one's own, from `data.recipe.open_mixture`.
 
     Raises:
       InputError: something in the configuration cannot be used.
@@ -82,7 +87,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> TrainResult:
     observer = observer or Observer()
     out = Path(config.out).expanduser()
     mesh = sharding.make_mesh(config.mesh)
-    data = recipe.open_data(config.data)
+    data = data or recipe.open_data(config.data)
     recipe.check_objectives(config, data)
     _check_mesh(config, mesh)
     with run_directory.lock(out):

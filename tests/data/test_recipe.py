@@ -11,6 +11,7 @@ import pytest
 from t5x_lite.config import RunConfig, resolve
 from t5x_lite.data import recipe
 from t5x_lite.data.pipeline import Dataset
+from t5x_lite.data.tasks import Mixture, Task
 from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
 
@@ -87,7 +88,7 @@ def test_pairs_take_the_prefix_and_equal_inputs_stay_on_one_side(tmp_path: Path)
     # Four answers to every question: a question that is held out is held out with all of them.
     assert not set(train) & set(validation)
     assert all(source.startswith("answer: question ") for source in train)
-    assert (read.train.layout.input_length, read.train.layout.target_length) == (32, 32)
+    assert (read.train.layout.input_length, read.train.layout.target_length) == (24, 16)
     config = config_of(*settings)
     data = recipe.open_data(config.data)
     assert sorted(recipe.training_texts(data, config.data)) == sorted(
@@ -273,7 +274,7 @@ def test_objectives_by_name(tmp_path: Path, settings: tuple[str, ...], packing: 
     ("settings", "message"),
     [
         ((T5, "data.objective=causal_lm"), "causal_lm needs a decoder and no encoder; the model, of family t5"),
-        ((GPT,), "span_corruption needs an encoder and a decoder; the model, of family"),
+        ((GPT, "data.objective=span_corruption"), "span_corruption needs an encoder and a decoder; the model, of family"),
         ((BERT, "data.objective=chat"), "chat needs an encoder and a decoder or a decoder and no encoder"),
         ((BERT, "data.objective=masked_lm"), "masked_lm needs model.head=masked_lm, not pretraining"),
         ((T5, "data.packing=true", "data.buckets=[8]"), "data.buckets and data.packing exclude each other"),
@@ -322,3 +323,49 @@ def test_tokens_are_cached_where_the_configuration_says(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "mine").rglob("*") if file.is_file()} == before
     path.write_text(path.read_text() + "\nand a line more")
     assert recipe.datasets(recipe.open_data(config.data), config, BYTES).fingerprint != first.fingerprint
+
+
+# --- from Python ----------------------------------------------------------------------------------------------------
+
+
+def shout(record: dict[str, Any]) -> dict[str, Any]:
+    return {"inputs": record["q"].upper(), "targets": record["a"]}
+
+
+def test_tasks_of_one_s_own(tmp_path: Path) -> None:
+    paths = [write_pairs(tmp_path / f"{name}.jsonl", 40) for name in ("one", "two")]
+    tasks = [Task(path.stem, str(path), (shout,), eval_source=str(path)) for path in paths]
+    config = config_of("train.batch_size=8")
+    data = recipe.open_mixture(Mixture({tasks[0]: 3, tasks[1]: 1}), config.data)
+    read = recipe.datasets(data, config, BYTES)
+    assert isinstance(read.train, Dataset)
+    assert [(component.name, component.rate) for component in read.train.components] == [("one", 0.75), ("two", 0.25)]
+    assert set(texts_of(read.validation)) == {f"QUESTION {n}" for n in range(10)}
+
+
+# --- lengths --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_no_longer_than_the_longest_pair(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs.jsonl", 40)
+    common = (f"data.path={path}", f"data.eval_path={path}", "data.inputs=q", "data.targets=a")
+    layout = datasets_of(*common, "train.input_length=512").train.layout
+    assert (layout.input_length, layout.target_length) == (
+        16,
+        16,
+    )  # "question 9" and "answer 39" with EOS are 11 and 10
+    layout = datasets_of(*common, "train.input_length=8", "train.target_length=4").train.layout
+    assert (layout.input_length, layout.target_length) == (8, 4)
+    layout = datasets_of(*common, "train.input_length=64", "data.packing=true").train.layout
+    assert (layout.input_length, layout.target_length) == (64, 64)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_batches_of_a_bucket_are_short(tmp_path: Path, fraction: float) -> None:
+    rows = [{"inputs": "x" * (n % 60 + 1), "targets": "y"} for n in range(600)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = (f"data.path={tmp_path / 'rows.jsonl'}", "data.inputs=inputs", "train.input_length=64")
+    read = datasets_of(*common, f"data.buckets=[{int(64 * fraction)}]", "data.eval_fraction=0.01")
+    assert isinstance(read.train, Dataset)
+    lengths = {read.train.batch(step)["encoder_input_tokens"].shape[1] for step in range(50)}
+    assert lengths == {int(64 * fraction), 64}
