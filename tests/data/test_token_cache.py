@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,15 +148,23 @@ def test_long_and_short_texts_are_written_alike(tmp_path):
     assert found == [tokenizer.encode(text) for text in texts]
 
 
-def test_a_cache_that_is_there_is_opened(tmp_path, numbers):
+def test_what_is_no_token_is_not_counted_as_one(tmp_path, numbers):
+    calls = []
+    source, encoder = numbers.Numbers(parts=(3,)), TextEncoder(ByteTokenizer(), sentences=True)
+    cache = build_cache(source, encoder, tmp_path, progress=lambda *told: calls.append(told))
+    assert cache.features["sentences"].flat.tolist() == [4, 6, 8]
+    assert calls[-1] == (1, 1, 18)
+
+
+def test_a_cache_that_is_there_is_opened(tmp_path, numbers, monkeypatch):
     (tmp_path / "log").mkdir()
     (tmp_path / "root").mkdir()
     source, encoder = numbers.Numbers(log=str(tmp_path / "log")), TextEncoder(ByteTokenizer())
     first = build_cache(source, encoder, tmp_path / "root", workers=1)
     assert len(os.listdir(tmp_path / "log")) == 5
-    (tmp_path / "root").chmod(0o500)  # nothing is written, so others' caches can be used
-    again = build_cache(source, encoder, tmp_path / "root")
-    (tmp_path / "root").chmod(0o700)
+    with monkeypatch.context() as patch:  # nothing is written, so others' caches can be used
+        patch.setattr(Path, "touch", lambda *_: pytest.fail("something was written"))
+        again = build_cache(source, encoder, tmp_path / "root")
     assert len(os.listdir(tmp_path / "log")) == 5
     assert again.digest == first.digest
     # Another setting or other data is another cache; the digest is of the contents alone.
@@ -353,6 +362,23 @@ def test_builders_that_no_lock_keeps_apart_do_not_harm_each_other(tmp_path, numb
         cache = build_cache(Slow(), encoder, root, workers=1, progress=progress)
         assert contents(cache.directory) == whole
         assert len(list(root.iterdir())) == 2  # and the lock's file
+
+    class Same(numbers.Numbers):
+        def read(self, index, on_skip, columns):
+            (building,) = (tmp_path / "part").glob("*.building")
+            assert len(list(building.glob("part-?????.*"))) == 1
+            if index == 1:  # which another one completes first
+                cache_parts.write_part(numbers.Numbers(), encoder, building, 1)
+            if index == 4:
+                raise InputError("at the end")
+            return super().read(index, on_skip, columns)
+
+    with pytest.raises(InputError, match="at the end"):
+        build_cache(Same(), encoder, tmp_path / "part", workers=1)
+    (building,) = (tmp_path / "part").glob("*.building")
+    assert sorted(path.name for path in building.iterdir()) == [f"part-{index:05d}" for index in range(4)]
+    cache = build_cache(numbers.Numbers(), encoder, tmp_path / "part", workers=1)
+    assert contents(cache.directory) == whole
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -557,12 +583,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, numbers):
         class Encoder:
             features, types, columns, identity, tokenizer_identity = ("tokens",), ("int32",), (), "", ""
             def __call__(self, records):
-                return (Encoded((range(2000),), "", 1) for _ in records)
-        for parts in ((500,), (2500, 2500)):
+                return (Encoded((range(1000),), "", 1) for _ in records)
+        for parts in ((1000,), (10_000,)):
             build_cache(Numbers(parts=parts), Encoder(), "root", workers=1)
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """
     out, errors = program(tmp_path, numbers, text).communicate(timeout=60)
     small, large = map(int, out.split())
-    # 4 MB of ids, then 40 MB, of which a batch of 1000 records has 8; a kilobyte is ru_maxrss's unit.
+    # 4 MB of ids, which are the 1000 records of a batch, then 40 MB; a kilobyte is ru_maxrss's unit.
     assert large - small < 20_000, errors
