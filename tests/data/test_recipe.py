@@ -274,7 +274,10 @@ def test_objectives_by_name(tmp_path: Path, settings: tuple[str, ...], packing: 
     ("settings", "message"),
     [
         ((T5, "data.objective=causal_lm"), "causal_lm needs a decoder and no encoder; the model, of family t5"),
-        ((GPT, "data.objective=span_corruption"), "span_corruption needs an encoder and a decoder; the model, of family"),
+        (
+            (GPT, "data.objective=span_corruption"),
+            "span_corruption needs an encoder and a decoder; the model, of family",
+        ),
         ((BERT, "data.objective=chat"), "chat needs an encoder and a decoder or a decoder and no encoder"),
         ((BERT, "data.objective=masked_lm"), "masked_lm needs model.head=masked_lm, not pretraining"),
         ((T5, "data.packing=true", "data.buckets=[8]"), "data.buckets and data.packing exclude each other"),
