@@ -300,8 +300,15 @@ class Colour(enum.Enum):
 
 
 def closed_over(n):
+    def inner(record):
+        return inner if n else record  # by its closure it holds itself too
+
+    return inner
+
+
+def with_default(n):
     def inner(record, k=n):
-        return inner if n else record
+        return record
 
     return inner
 
@@ -334,7 +341,7 @@ def test_what_values_are():
         *(None, True, 1, 1.0, "1", b"1", (), (1,), (1, 2), {1}, {"a": 1}, {"a": 2}, Colour.RED, re.compile("a")),
         *(drop_short, twice, Cut, Cut(1), Cut(2), Plain(1), Plain(2), Plain(1).method, Plain(2).method, str.lower, len),
         *(functools.partial(drop_short, 1), functools.partial(drop_short, 2), np.zeros(3), np.ones(3)),
-        *(closed_over(0), closed_over(1)),
+        *(closed_over(0), closed_over(1), with_default(0), with_default(1)),
         # Typed in, where there is no source to look at.
         *(eval(f"lambda x: x + {n}") for n in (1, 2)),
     ]
