@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -189,7 +190,10 @@ class Dataset:
         members = []
         left = np.ones(len(sizes), bool)
         for share in (*self.buckets, 1.0):
-            lengths = [-int(-length * share // 1) for length in (self.layout.input_length, self.layout.target_length)]
+            # Rounded up, but a share of a whole number of tokens may be a hair above it: 25 * (7 / 25) > 7.
+            lengths = [
+                math.ceil(length * share - 1e-6) for length in (self.layout.input_length, self.layout.target_length)
+            ]
             fits = left & (sizes <= lengths).all(axis=1)
             left &= ~fits
             if fits.any():

@@ -409,7 +409,8 @@ def datasets(data: RunData, config: RunConfig, tokenizer: Tokenizer, progress: P
         raise InputError(
             f"data.buckets {list(settings.buckets)}: must be below train.input_length {config.train.input_length}"
         )
-    shares = tuple(length / config.train.input_length for length in settings.buckets)
+    row = layout.input_length or layout.target_length
+    shares = tuple(length / row for length in settings.buckets if length < row)
     dataset = Dataset(drawn, layout, batch, seed, settings.packing, shares)
     return Datasets(dataset, heldout, digest, tuple(build.notes))
 

@@ -1,0 +1,312 @@
+"""The data of a step follows from (configuration, seed, step), with everything on at once, from files to batches."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from t5x_lite.config import resolve
+from t5x_lite.data import recipe
+from t5x_lite.data.packing import Batch
+from t5x_lite.data.pipeline import Dataset, prefetch
+from t5x_lite.data.streaming import StreamingDataset
+from t5x_lite.data.tokenizers import ByteTokenizer
+
+BYTES = ByteTokenizer()
+STEPS, ROWS, LENGTH, BUCKETS = 40, 8, 48, [16, 32]
+KINDS = ("spans", "prefixes", "sums")  # by the first letter of what they are made of: small, capital, a digit
+
+
+def write(directory: Path) -> None:
+    """Writes random text in small letters and in capitals, and sums."""
+    rng = np.random.default_rng(3)
+
+    def lines(first: str, count: int) -> list[str]:
+        letters = [chr(ord(first) + n) for n in range(26)]
+        return ["".join(rng.choice(letters, rng.integers(2, 150))) for _ in range(count)]
+
+    def number(digits: int) -> int:
+        return int("1" + "".join(map(str, rng.integers(0, 10, digits - 1))))
+
+    sums = [(number(21), number(21)), *(tuple(map(number, rng.integers(1, 18, 2))) for _ in range(39))]
+    (directory / "spans.txt").write_text("\n".join(lines("a", 30)))
+    (directory / "prefixes.txt").write_text("\n".join(lines("A", 20)))
+    (directory / "sums.jsonl").write_text(
+        "\n".join(json.dumps({"inputs": f"{a}+{b}=", "targets": str(a + b)}) for a, b in sums)
+    )
+    (directory / "eval.txt").write_text("none of this is trained on\n")
+    (directory / "eval.jsonl").write_text('{"inputs": "0+0=", "targets": "0"}\n')
+
+
+def datasets_of(directory: Path, *settings: str) -> Dataset | StreamingDataset:
+    always = (f"train.input_length={LENGTH}", f"train.batch_size={ROWS}", "train.seed=5")
+    config = resolve(None, [*always, f"data.cache_dir={directory / 'caches'}", *settings]).config
+    return recipe.datasets(recipe.open_data(config.data), config, BYTES).train
+
+
+def mixed(directory: Path, *settings: str) -> Any:
+    tasks = (
+        f"{{path: {directory}/spans.txt, eval_path: {directory}/eval.txt, rate: 3}}",
+        f"{{path: {directory}/prefixes.txt, eval_path: {directory}/eval.txt, objective: prefix_lm, rate: 2}}",
+        f"{{path: {directory}/sums.jsonl, eval_path: {directory}/eval.jsonl, objective: text_to_text, rate: 2}}",
+    )
+    return datasets_of(directory, f"data.tasks=[{', '.join(tasks)}]", *settings)
+
+
+def bucketed(directory: Path, *settings: str) -> Any:
+    paths = f"data.path={directory}/sums.jsonl", f"data.eval_path={directory}/eval.jsonl"
+    return datasets_of(directory, *paths, "data.objective=text_to_text", f"data.buckets={BUCKETS}", *settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Gives the batches of several datasets, so that worker processes have to be started once for all of them."""
+
+    datasets: dict[str, Any]
+
+    @staticmethod
+    def made(directory: Path, *settings: str) -> "Together":
+        return Together(
+            {
+                "mixed": mixed(directory, *settings),
+                "packed": mixed(directory, "data.packing=true", *settings),
+                "bucketed": bucketed(directory, *settings),
+            }
+        )
+
+    def __call__(self, step: int) -> dict[str, Batch]:
+        return {name: dataset.batch(step) for name, dataset in self.datasets.items()}
+
+
+def digest(batch: Batch) -> str:
+    told = hashlib.sha256()
+    for name, array in sorted(batch.items()):
+        told.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return told.hexdigest()
+
+
+def joined(shares: list[Batch]) -> Batch:
+    assert all(share.keys() == shares[0].keys() for share in shares)
+    return {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("data")
+    write(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def read(directory: Path) -> Any:
+    """A function `workers -> {dataset: batches of all steps}`."""
+
+    @functools.cache
+    def batches(workers: int) -> dict[str, list[Batch]]:
+        steps = list(prefetch(Together.made(directory), 0, STEPS, workers=workers))
+        assert [step for step, _ in steps] == list(range(STEPS))
+        return {name: [batches[name] for _, batches in steps] for name in steps[0][1]}
+
+    return batches
+
+
+# --- the same batches, whoever reads them ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("name", ["mixed", "packed", "bucketed"])
+def test_hosts_share_one_global_batch(name: str, hosts: int, directory: Path, read: Any) -> None:
+    own = [Together.made(directory).datasets[name].loader(0, host, hosts) for host in range(hosts)]
+    for step, wanted in enumerate(read(0)[name]):
+        shares = [load(step) for load in own]
+        assert {len(array) for share in shares for array in share.values()} == {ROWS // hosts}
+        assert digest(joined(shares)) == digest(wanted), step
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_make_the_same_batches(workers: int, read: Any) -> None:
+    for name, batches in read(workers).items():
+        assert list(map(digest, batches)) == list(map(digest, read(0)[name]))
+
+
+def test_another_process_makes_the_same_batches(directory: Path, tmp_path: Path, read: Any) -> None:
+    # Even from caches of its own, and where Python hashes strings differently.
+    program = f"""
+from pathlib import Path
+from test_exact_order import STEPS, Together, digest
+load = Together.made(Path({str(directory)!r}), f"data.cache_dir={tmp_path}")
+for step in range(STEPS):
+    print(*map(digest, load(step).values()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        " ".join(map(digest, batches)) for batches in zip(*read(0).values(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("start", [1, 17])
+def test_a_resumed_run_goes_on_where_it_was(start: int, directory: Path, read: Any) -> None:
+    for name, dataset in Together.made(directory).datasets.items():
+        again = prefetch(dataset.loader(start), start, STEPS)
+        assert [digest(batch) for _, batch in again] == list(map(digest, read(0)[name][start:]))
+
+
+def test_batches_are_not_alike(directory: Path, read: Any) -> None:
+    for name in ("mixed", "packed"):
+        assert len(set(map(digest, read(0)[name]))) == STEPS
+    other = mixed(directory, "data.packing=true", "train.seed=6")
+    assert not {digest(other.batch(step)) for step in range(STEPS)} & set(map(digest, read(0)["packed"]))
+
+
+def test_what_workers_are_sent_is_an_index_of_the_data(directory: Path) -> None:
+    for dataset in Together.made(directory).datasets.values():
+        examples = dataset.num_examples
+        for step in range(3):
+            dataset.batch(step)  # which fills what is computed once
+        sent = pickle.dumps(dataset.loader(0))
+        # Some numbers of eight bytes for an example; the rest is mostly what there is to say of each of the 259 ids.
+        assert len(sent) < 4000 + 5 * 8 * examples
+        for component in dataset.components:
+            source = getattr(component.examples, "source", None) or component.examples.stream.source
+            for tokens in source.features.values():
+                longest = tokens[int(np.argmax(tokens.lengths))]
+                assert len(longest) > 10
+                assert longest.tobytes() not in sent
+        assert digest(pickle.loads(sent)(4)) == digest(dataset.batch(4))
+
+
+# --- every example once an epoch ------------------------------------------------------------------------------------
+
+
+def texts(batch: Batch) -> Iterator[list[str]]:
+    """Yields the texts that the examples of each row are made of: a masked span is put back, targets follow inputs."""
+    sentinels = set(BYTES.sentinels)
+    sides = [
+        (batch[f"{side}_{tokens}_tokens"], batch[f"{side}_segment_ids"])
+        for side, tokens in (("encoder", "input"), ("decoder", "target"))
+    ]
+    for (inputs, marks), (targets, target_marks) in zip(*(zip(*side, strict=True) for side in sides), strict=True):
+        row = []
+        assert marks.max() == target_marks.max()
+        for number in range(1, marks.max() + 1):
+            said: dict[int, list[int]] = {-1: []}
+            at = -1
+            for token in targets[target_marks == number].tolist():
+                if token in sentinels:
+                    said[at := token] = []
+                elif token != BYTES.eos_id:
+                    said[at].append(token)
+            text = [said.pop(token, [token]) for token in inputs[marks == number].tolist() if token != BYTES.eos_id]
+            row.append(BYTES.decode([*itertools.chain(*text), *said.pop(-1)]))
+            assert not said
+        yield row
+
+
+def kind(text: str) -> str:
+    return KINDS[0] if text[0].islower() else KINDS[1] if text[0].isupper() else KINDS[2]
+
+
+def pieces(text: str, size: int) -> list[str]:
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+def sums_of(directory: Path) -> list[str]:
+    records = map(json.loads, (directory / "sums.jsonl").read_text().splitlines())
+    return [record["inputs"] + record["targets"] for record in records]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("name", ["mixed", "packed"])
+def test_a_mixture_has_every_example_of_each_component_once_an_epoch(
+    name: str, workers: int, directory: Path, read: Any
+) -> None:
+    rows: dict[str, list[list[str]]] = {kind: [] for kind in KINDS}
+    for row in itertools.chain.from_iterable(map(texts, read(workers)[name])):
+        (component,) = {kind(text) for text in row}
+        rows[component].append(row)
+    sizes = {component: max(len(text) for row in rows[component] for text in row) for component in KINDS[:2]}
+    lines = {component: (directory / f"{component}.txt").read_text().split("\n") for component in KINDS[:2]}
+    wanted = {
+        component: [p for line in lines[component] for p in pieces(line, sizes[component])] for component in lines
+    }
+    if name == "mixed":  # T5 lays documents end to end, unless they have to be kept apart
+        wanted["spans"] = pieces("".join(lines["spans"]), sizes["spans"])
+    wanted["sums"] = sums_of(directory)
+    for component in KINDS:
+        epochs = list(epochs_of(rows[component], len(wanted[component])))
+        assert len(epochs) > 1
+        for epoch in epochs[:-1]:
+            assert Counter(itertools.chain(*epoch)) == Counter(wanted[component])
+        assert not Counter(itertools.chain(*epochs[-1])) - Counter(wanted[component])
+        assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == len(epochs)  # each in an order of its own
+        assert (max(map(len, rows[component])) > 1) == (name == "packed")
+
+
+def epochs_of(rows: list[list[str]], examples: int) -> Iterator[list[list[str]]]:
+    """Yields the rows of each epoch; the last one may not be complete."""
+    epoch: list[list[str]] = []
+    for row in rows:
+        epoch.append(row)
+        if sum(map(len, epoch)) >= examples:
+            yield epoch
+            epoch = []
+    yield epoch
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_buckets_have_every_example_once_an_epoch(workers: int, directory: Path, read: Any) -> None:
+    wanted = sums_of(directory)
+    target_length = bucketed(directory).target_length
+    longest = {width: (width, -(-width * target_length // LENGTH)) for width in (*BUCKETS, LENGTH)}
+
+    def width_of(text: str) -> int:
+        inputs, _, targets = text.partition("=")
+        sizes = len(inputs) + 2, len(targets) + 1  # the sign, and an EOS each
+        return next(
+            width for width in longest if all(size <= most for size, most in zip(sizes, longest[width], strict=True))
+        )
+
+    members = Counter(map(width_of, wanted))
+    assert len(members) > 1
+    count = sum(-(-members[width] // ROWS) for width in members)  # steps of an epoch
+    batches = read(workers)["bucketed"]
+    assert 3 * count <= STEPS
+    for start in range(0, STEPS - count + 1, count):
+        epoch = batches[start : start + count]
+        assert Counter(text for batch in epoch for row in texts(batch) for text in row) == Counter(wanted)
+        # In rows no longer than they need to be.
+        shapes = [(batch["encoder_input_tokens"].shape[1], batch["decoder_input_tokens"].shape[1]) for batch in epoch]
+        assert Counter(shapes) == {longest[width]: -(-number // ROWS) for width, number in members.items()}
+
+
+def test_a_bucket_is_as_long_as_it_says(directory: Path) -> None:
+    def widths(*settings: str, side: str = "encoder") -> set[int]:
+        dataset = bucketed(directory, *settings)
+        return {dataset.batch(step)[f"{side}_input_tokens"].shape[1] for step in range(16)}
+
+    # 25 * (14 / 25) is more than 14 in floating point.
+    assert widths("train.input_length=25", "data.buckets=[14]") == {14, 25}
+    # Rows are no longer than the data needs, but what was asked of the buckets stays.
+    assert widths("train.input_length=100") == {16, 32, 48}
+    assert widths("train.input_length=100", "data.buckets=[16, 48, 64]") == {16, 48}
+    assert widths("model=decoder-small", "train.input_length=50", side="decoder") == {16, 32, 50}
