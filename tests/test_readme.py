@@ -52,6 +52,14 @@ def test_block(index: int, folder: Path) -> None:
     assert run(*BLOCKS[index], folder).strip()
 
 
+def test_the_tasks_of_one_s_own_on_the_page_about_data(folder: Path) -> None:
+    page = (ROOT / "docs" / "training_data.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    run("python", code, folder)  # on the file that a block above has written
+    assert "question: " not in (folder / "sums.jsonl").read_text()
+    assert (folder / "runs" / "mine" / "checkpoints" / "2").is_dir()
+
+
 def test_the_first_model_has_learned_something(folder: Path) -> None:
     (results,) = (folder / "runs" / "first" / "eval").glob("*.json")
     metrics = json.loads(results.read_text())
