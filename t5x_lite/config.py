@@ -154,7 +154,12 @@ class DataConfig:
             raise InputError(f"data.temperature must be above 0 and finite, not {self.temperature}")
         if list(self.buckets) != sorted(set(self.buckets)) or any(length < 2 for length in self.buckets):
             raise InputError(f"data.buckets must be ascending lengths of at least 2, not {list(self.buckets)}")
-        for one, other in (("buckets", "packing"), ("buckets", "streaming"), ("packing", "streaming")):
+        for one, other in (
+            ("buckets", "packing"),
+            ("buckets", "streaming"),
+            ("packing", "streaming"),
+            ("streaming", "workers"),
+        ):
             if getattr(self, one) and getattr(self, other):
                 raise InputError(f"data.{one} and data.{other} exclude each other; leave one of them out")
         if self.task and self.tasks:

@@ -115,6 +115,12 @@ class Stream:
             stretch += 1
 
 
+def shortest(objective: Objective) -> int:
+    """Returns how many tokens must be left of a stream, behind its last full window, for a window that is not full."""
+    # Of a single token there is nothing to hide that could be told from the others.
+    return 1 if objective.sides == "decoder" else 2
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
     """A stream cut into windows of equal length, the last of which has what is left (T5's concatenate and split).
@@ -135,8 +141,7 @@ class Windows:
 
     def __len__(self) -> int:
         whole, left = divmod(len(self.stream), self.size)
-        # Of a single token there is nothing to hide that could be told from the others.
-        return whole + (left >= (1 if self.objective.sides == "decoder" else 2))
+        return whole + (left >= shortest(self.objective))
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[Example, ...]:
         """See `ExampleSet`."""

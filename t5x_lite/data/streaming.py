@@ -13,6 +13,7 @@ import numpy as np
 
 from t5x_lite.data import order
 from t5x_lite.data.encoders import Encoder
+from t5x_lite.data.examples import shortest
 from t5x_lite.data.objectives import Example, Objective, Vocabulary
 from t5x_lite.data.packing import Batch, Layout
 from t5x_lite.data.sources import Record, Source
@@ -83,7 +84,7 @@ class StreamComponent:
             for start in range(0, whole * self.size, self.size):
                 yield (left[start : start + self.size],)
             left = left[whole * self.size :]
-        if len(left) > 1:
+        if len(left) >= shortest(self.objective):
             yield (left,)
 
     def _records(self, seed: int, epoch: int, component: int) -> Iterator[tuple[str, Record]]:

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from t5x_lite.config import resolve
-from t5x_lite.data import recipe
+from t5x_lite.data import recipe, streaming
 from t5x_lite.data.packing import Batch
 from t5x_lite.data.pipeline import Dataset, prefetch
 from t5x_lite.data.streaming import StreamingDataset
 from t5x_lite.data.tokenizers import ByteTokenizer
+from t5x_lite.errors import InputError
 
 BYTES = ByteTokenizer()
 STEPS, ROWS, LENGTH, BUCKETS = 40, 8, 48, [16, 32]
@@ -310,3 +311,133 @@ def test_a_bucket_is_as_long_as_it_says(directory: Path) -> None:
     assert widths("train.input_length=100") == {16, 32, 48}
     assert widths("train.input_length=100", "data.buckets=[16, 48, 64]") == {16, 48}
     assert widths("model=decoder-small", "train.input_length=50", side="decoder") == {16, 32, 50}
+
+
+# --- data that is not kept ------------------------------------------------------------------------------------------
+
+SHARDS = 5
+
+
+def write_shards(directory: Path, total: int) -> dict[str, str]:
+    """Writes documents of `total` letters in all to several files; returns the text of each, a `|` for its ends."""
+    rng = np.random.default_rng(9)
+    ends = np.sort(rng.choice(np.arange(1, total), 3 * SHARDS, replace=False))
+    documents = [
+        "".join(rng.choice([chr(97 + n) for n in range(26)], size)) for size in np.diff([0, *ends, total]).tolist()
+    ]
+    shards = {f"shard-{n}.txt": documents[n::SHARDS] for n in range(SHARDS)}
+    for name, lines in shards.items():
+        (directory / name).write_text("\n".join(lines))
+    return {name: "".join(f"{line}|" for line in lines) for name, lines in shards.items()}
+
+
+def streamed(directory: Path, *settings: str) -> Any:
+    return datasets_of(directory, "data.streaming=true", *settings)
+
+
+def causal(directory: Path, *settings: str) -> Any:
+    paths = f"data.path={directory}/shard-*.txt", f"data.eval_path={directory}/eval.txt"
+    return streamed(
+        directory, *paths, "model=decoder-small", "data.objective=causal_lm", "train.input_length=16", *settings
+    )
+
+
+def mixed_streams(directory: Path, *settings: str) -> Any:
+    tasks = (
+        f"{{path: {directory}/spans.txt, eval_path: {directory}/eval.txt, rate: 2}}",
+        f"{{path: {directory}/sums.jsonl, eval_path: {directory}/eval.jsonl, objective: text_to_text, rate: 1}}",
+    )
+    return streamed(directory, f"data.tasks=[{', '.join(tasks)}]", *settings)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_streams_are_shared_by_hosts_and_resumed(hosts: int, directory: Path) -> None:
+    load = mixed_streams(directory).loader(0)
+    wanted = [digest(load(step)) for step in range(STEPS)]
+    assert len(set(wanted)) == STEPS
+    for start in (0, 17):
+        own = [mixed_streams(directory).loader(start, host, hosts) for host in range(hosts)]
+        steps = [[share(step) for share in own] for step in range(start, STEPS)]
+        assert [digest(joined(shares)) for shares in steps] == wanted[start:]
+    assert digest(mixed_streams(directory, "train.seed=6").loader(0)(0)) != wanted[0]
+
+
+def test_streams_have_every_example_once_an_epoch(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "WINDOW", 7)
+    load = mixed_streams(directory).loader(0)
+    rows: dict[str, list[list[str]]] = {kind: [] for kind in KINDS}
+    for step in range(STEPS):
+        for row in texts(load(step)):
+            rows[kind(row[0])].append(row)
+    assert len(rows["spans"]) / len(rows["sums"]) == pytest.approx(2, rel=0.02)
+    text = (directory / "spans.txt").read_text().replace("\n", "")
+    size = max(len(text) for (text,) in rows["spans"])
+    for component, wanted in (("spans", pieces(text, size)), ("sums", sums_of(directory))):
+        epochs = list(epochs_of(rows[component], len(wanted)))
+        assert len(epochs) > 1
+        assert all(Counter(itertools.chain(*epoch)) == Counter(wanted) for epoch in epochs[:-1])
+        assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("more", range(3))
+def test_streams_have_every_token_once_an_epoch(more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_shards(tmp_path, 50 * 16 - 3 * SHARDS - 1 + more)  # with the ends of texts 50 windows, and `more`
+    (tmp_path / "eval.txt").write_text("none of this is trained on\n")
+    steps = 3 * 51 // ROWS + 1
+
+    def windows(shuffled: int) -> list[list[str]]:
+        monkeypatch.setattr(streaming, "WINDOW", shuffled)
+        load = causal(tmp_path).loader(0)
+        rows = [
+            "".join("|" if token == BYTES.eos_id else BYTES.decode([token]) for token in row[weights > 0].tolist())
+            for batch in map(load, range(steps))
+            for row, weights in zip(batch["decoder_target_tokens"], batch["decoder_loss_weights"], strict=True)
+        ]
+        count = 50 + (more > 0)
+        return [rows[epoch * count : (epoch + 1) * count] for epoch in range(3)]
+
+    # Read in order it is the text of one file after the other; in which order the files come is drawn for each epoch.
+    epochs = windows(shuffled=1)
+    orders = {"".join(epoch) for epoch in epochs}
+    assert orders <= {"".join(order) for order in itertools.permutations(shards.values())}
+    assert len(orders) > 1
+    for epoch, read in zip(windows(shuffled=4096), epochs, strict=True):
+        assert Counter(epoch) == Counter(read)
+        assert epoch != read
+    # What is shuffled together is read together.
+    for epoch, read in zip(windows(shuffled=10), epochs, strict=True):
+        for start in range(0, len(read), 10):
+            assert sorted(epoch[start : start + 10]) == sorted(read[start : start + 10])
+
+
+def test_a_stream_behind_prefetch_is_the_stream(directory: Path) -> None:
+    load = mixed_streams(directory).loader(3)
+    wanted = [digest(load(step)) for step in range(3, 20)]
+    steps = list(prefetch(mixed_streams(directory).loader(3), 3, 20))
+    assert [(step, digest(batch)) for step, batch in steps] == list(enumerate(wanted, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.workers=1"], "data.streaming and data.workers exclude each other"),
+        (["data.packing=true"], "data.packing and data.streaming exclude each other"),
+        (["model=bert-base-uncased", "data.objective=next_sentence"], "next-sentence prediction needs other documents"),
+    ],
+)
+def test_what_a_stream_cannot_do(settings: list[str], message: str, directory: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        streamed(directory, f"data.path={directory}/spans.txt", f"data.eval_path={directory}/spans.txt", *settings)
+
+
+def test_errors_of_streams_come_at_their_step(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="batch_size 8: must be a multiple of the 3 processes"):
+        mixed_streams(directory).loader(0, 0, 3)
+    (tmp_path / "bad.jsonl").write_text(('{"text": "' + 4 * LENGTH * "fine " + '"}\n') * 20 + "{broken\n")
+    (tmp_path / "short.txt").write_text("x")
+    eval_path = f"data.eval_path={directory}/eval.txt"
+    with pytest.raises(InputError, match="there are no examples in short: too little data for rows of this length"):
+        streamed(tmp_path, f"data.path={tmp_path}/short.txt", eval_path).loader(0)(0)
+    steps = prefetch(streamed(tmp_path, f"data.path={tmp_path}/bad.jsonl", eval_path).loader(0), 0, 100)
+    with pytest.raises(InputError, match=r"bad\.jsonl:21"):
+        list(steps)
