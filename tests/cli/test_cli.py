@@ -120,6 +120,7 @@ def test_tokenizer_train_and_check(t5x, corpus_file: Path, tmp_path: Path) -> No
     assert report["lines"] == 1500
     assert report["unknown_rate"] == 0
     assert report["round_trip_failures"] == 0
+    assert (report["vocab_size"], report["sentinels"], report["pad_id"], report["eos_id"]) == (300, 100, 0, 1)
 
 
 def test_doctor(t5x) -> None:
