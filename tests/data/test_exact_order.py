@@ -313,6 +313,38 @@ def test_a_bucket_is_as_long_as_it_says(directory: Path) -> None:
     assert widths("model=decoder-small", "train.input_length=50", side="decoder") == {16, 32, 50}
 
 
+def test_components_are_drawn_apart(directory: Path) -> None:
+    # The same file twice: of two tasks of one size neither order nor masks may be alike.
+    def epoch(one: str, other: str) -> list[str]:
+        dataset: Any = datasets_of(directory, f"data.tasks=[{{{one}}}, {{{other}}}]")
+        rows = [
+            row for step in range(-(-dataset.num_rows // ROWS)) for row in dataset.batch(step)["encoder_input_tokens"]
+        ]
+        return [BYTES.decode(row) for row in rows[: dataset.num_rows]]
+
+    sums = f"path: {directory}/sums.jsonl, eval_path: {directory}/eval.jsonl, rate: 1, objective: text_to_text"
+    texts = epoch(f"{sums}, name: one", f"{sums}, name: other, prefix: ' '")
+    first, second = ([text.strip() for text in texts if text.startswith(" ") == spaced] for spaced in (False, True))
+    assert sorted(first) == sorted(second)
+    assert first != second
+    spans = f"path: {directory}/spans.txt, eval_path: {directory}/eval.txt, rate: 1"
+    texts = epoch(f"{spans}, name: one", f"{spans}, name: other")
+    assert len(set(texts)) >= len(texts) - 1  # the last window may be so short that there is little to draw
+
+
+def test_an_example_is_drawn_alike_in_a_row_of_its_own_and_in_one_that_it_shares(directory: Path) -> None:
+    def examples(dataset: Any) -> Counter[Any]:
+        sides = [("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")]
+        return Counter(
+            tuple(tuple(batch[name][row][batch[f"{side}_segment_ids"][row] == number]) for side, name in sides)
+            for batch in dataset.component(1).eval_batches()
+            for row, marks in enumerate(batch["encoder_segment_ids"])
+            for number in range(1, marks.max() + 1)
+        )
+
+    assert examples(mixed(directory, "data.packing=true")) == examples(mixed(directory))
+
+
 # --- data that is not kept ------------------------------------------------------------------------------------------
 
 SHARDS = 5
@@ -408,6 +440,15 @@ def test_streams_have_every_token_once_an_epoch(more: int, tmp_path: Path, monke
     for epoch, read in zip(windows(shuffled=10), epochs, strict=True):
         for start in range(0, len(read), 10):
             assert sorted(epoch[start : start + 10]) == sorted(read[start : start + 10])
+
+
+def test_no_two_examples_of_a_stream_share_their_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "WINDOW", 4)
+    (tmp_path / "same.txt").write_text(LENGTH * 60 * "x")
+    load = streamed(tmp_path, f"data.path={tmp_path}/same.txt", f"data.eval_path={tmp_path}/same.txt").loader(0)
+    # The windows of an epoch are alike, and what is masked in them is not; more than an epoch would also do.
+    rows = [row.tobytes() for step in range(6) for row in load(step)["encoder_input_tokens"]]
+    assert len(set(rows)) > 0.9 * len(rows)
 
 
 def test_a_stream_behind_prefetch_is_the_stream(directory: Path) -> None:
