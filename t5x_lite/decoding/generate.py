@@ -173,10 +173,12 @@ class Decoder:
             read = progress.step - 1
             positions = progress.prompt_lengths[:, None] + jnp.broadcast_to(read, progress.tokens.shape)
             batch = {"decoder_input_tokens": progress.tokens, "decoder_positions": positions}
-            logits, cache = self._decode(params, batch, progress.cache, self._slots(progress, read))
-            return self._choose(replace(progress, cache=cache), logits)
+            logits, cache = self._decode(params, batch, progress.cache.with_batch(), self._slots(progress, read))
+            return self._choose(replace(progress, cache=cache.without_batch()), logits)
 
-        return jax.lax.while_loop(unfinished, extend, progress)
+        progress = replace(progress, cache=progress.cache.without_batch())
+        progress = jax.lax.while_loop(unfinished, extend, progress)
+        return replace(progress, cache=progress.cache.with_batch())
 
     def finish(self, progress: Progress) -> Generated:
         """Returns the result."""

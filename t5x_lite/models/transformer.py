@@ -18,7 +18,7 @@ from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.initialization import initializers
 from t5x_lite.models.stack import Context, LayerCache, Stack, layer_params
 from t5x_lite.nn.attention import KeysValues, Mask
-from t5x_lite.nn.dense import Dense
+from t5x_lite.nn.dense import Dense, turned
 from t5x_lite.nn.dropout import Dropout
 from t5x_lite.nn.embeddings import Head, TokenEmbedding
 from t5x_lite.nn.feed_forward import ACTIVATIONS
@@ -47,6 +47,22 @@ class Cache:
         """Returns self with as many empty slots behind those there are."""
         grown = (dataclasses.replace(x, self_attention=x.self_attention.extended(slots)) for x in self.layers)
         return dataclasses.replace(self, layers=tuple(grown))
+
+    def without_batch(self) -> "Cache":
+        """Returns self for a loop to carry: layers of a single row lose their axis B.
+
+        XLA's CPU compiler drops such an axis from products, and would copy the carried array in every step to have it
+        both with and without.
+        """
+        if self.position.shape[0] > 1:
+            return self
+        return dataclasses.replace(self, layers=jax.tree.map(lambda x: x[0], self.layers))
+
+    def with_batch(self) -> "Cache":
+        """Returns what `without_batch` was given."""
+        if self.position.shape[0] > 1:
+            return self
+        return dataclasses.replace(self, layers=jax.tree.map(lambda x: x[None], self.layers))
 
 
 @struct.dataclass
@@ -300,10 +316,11 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def unstacked(self, params: Any) -> Any:
-        """Returns parameters in which the decoder's layers are a tuple, each an array of its own.
+        """Returns parameters in which the decoder's layers are a tuple, each with arrays of its own, kernels turned.
 
         Decoding takes either form. In a loop whose every step reads all weights once, this one spares reading them
-        twice, out of the stack and then into the product; it costs the memory of the decoder's layers.
+        twice, out of the stack and then into the product, and has them in the order in which few rows are multiplied
+        fastest (see `nn.dense.turned`); it costs the memory of the decoder's layers.
         """
         layers = params["decoder"]["layers"]
         if not isinstance(layers, tuple):
@@ -336,7 +353,7 @@ class Transformer(nn.Module):
 
 @jax.jit(static_argnums=1)
 def _split_layers(layers: Any, number: int) -> tuple[Any, ...]:
-    return tuple(layer_params(layers, index) for index in range(number))
+    return tuple(turned(layer_params(layers, index)) for index in range(number))
 
 
 def encoder_segments(batch: Batch, pad_id: int | None) -> jax.Array:

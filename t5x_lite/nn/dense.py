@@ -1,5 +1,6 @@
 """The linear map under every other layer."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from t5x_lite.nn.parameters import Initializer, fan_in_normal, parameter
+
+# Rows of an input that are few beside the outputs: a CPU multiplies faster with the weights as the left factor, by 1.3
+# to 2 times with 2 to 32 rows, and as fast with 128.
+FEW_ROWS = 64
+
+_TURNED = "kernel_turned"
 
 _BLOCK = 128  # outputs whose int8 weights a CPU converts at a time: few enough for its cache
 
@@ -62,7 +69,50 @@ def linear(x: jax.Array, kernel: Matrix, dtype: Any, out_dtype: Any, *, transpos
     if kernel.dtype == x.dtype == jnp.bfloat16:
         on_cpu, plain = (partial(product, axis=axis, dtype=out_dtype) for product in (_unconverted, _product))
         return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
-    return _product(x, kernel.astype(dtype), axis, out_dtype)
+    kernel = kernel.astype(dtype)
+    if transposed and x.size <= FEW_ROWS * x.shape[-1]:
+        on_cpu, plain = partial(_kernel_first, dtype=out_dtype), partial(_product, axis=axis, dtype=out_dtype)
+        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+    return _product(x, kernel, axis, out_dtype)
+
+
+def turned(layer: Any) -> Any:
+    """Returns the parameters of a layer with the kernel `[in, out]` of every `Dense` as `[out, in]`, by another name.
+
+    So all weights of an output follow each other in memory, which is how a CPU reads them fastest when there are few
+    rows to multiply. Quantised kernels stay as they are.
+    """
+    if not isinstance(layer, Mapping):
+        return layer
+    if "kernel" in layer and "kernel_scale" not in layer:
+        return {_TURNED if name == "kernel" else name: x.T if name == "kernel" else x for name, x in layer.items()}
+    return {name: turned(part) for name, part in layer.items()}
+
+
+def larger_first(
+    larger: jax.Array,
+    few: jax.Array,
+    over: tuple[tuple[int, ...], tuple[int, ...]],
+    batch: tuple[tuple[int, ...], tuple[int, ...]],
+    dtype: Any,
+) -> jax.Array:
+    """Returns the product of two arrays over their last axes, as `[..., few, larger]`, with the larger as left factor.
+
+    Args:
+      larger: of many rows.
+      few: of few rows.
+      over: axes of either that are summed over.
+      batch: axes of either that are not.
+      dtype: of the result.
+    """
+    y = jax.lax.dot_general(larger, few, (over, batch), preferred_element_type=dtype)
+    # Without the barrier XLA turns the product round instead of its small result.
+    return jnp.swapaxes(jax.lax.optimization_barrier(y), -1, -2)
+
+
+def _kernel_first(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    y = larger_first(kernel, x.reshape(-1, x.shape[-1]), ((1,), (1,)), ((), ()), dtype)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _product(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
@@ -120,8 +170,12 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., in]` to `[..., features]`."""
-        kernel = matrix(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        x = linear(x, kernel, self.dtype, self.dtype)
+        kernel = self.get_variable("params", _TURNED)
+        if kernel is None:
+            kernel = matrix(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+            x = linear(x, kernel, self.dtype, self.dtype)
+        else:
+            x = linear(x, kernel, self.dtype, self.dtype, transposed=True)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             x = x + bias.astype(self.dtype)

@@ -279,7 +279,8 @@ def test_layers_of_their_own_decode_the_same(problem: Any) -> None:
     stacked = case.run(BEAMS)
     unstacked = build(case.config).unstacked(case.params)
     assert isinstance(unstacked["decoder"]["layers"], tuple)
-    for one, other in zip(
-        jax.tree.leaves(stacked), jax.tree.leaves(dataclasses.replace(case, params=unstacked).run(BEAMS)), strict=True
-    ):
-        np.testing.assert_array_equal(one, other)
+    split = dataclasses.replace(case, params=unstacked).run(BEAMS)
+    np.testing.assert_array_equal(split.tokens, stacked.tokens)
+    np.testing.assert_array_equal(split.lengths, stacked.lengths)
+    # Kernels turned ahead of the compiled function need not be summed in the same order as those turned inside it.
+    np.testing.assert_allclose(split.scores, stacked.scores, rtol=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from t5x_lite.nn.dense import Dense, Quantized, linear
+from t5x_lite.nn.dense import FEW_ROWS, Dense, Quantized, linear, turned
 from t5x_lite.nn.embeddings import Head, TokenEmbedding
 from t5x_lite.sharding import make_mesh, spec
 
@@ -49,6 +49,49 @@ def test_shapes_of_the_parameters() -> None:
         "kernel": ((IN, OUT), ("embed", "mlp")),
         "bias": ((OUT,), ("mlp",)),
     }
+
+
+# --- kernels turned for decoding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+def test_a_turned_kernel_gives_the_same(rows: int) -> None:
+    x = RNG.normal(size=(rows, 1, IN)).astype(np.float32)
+    params = {"kernel": jnp.asarray(KERNEL), "bias": jnp.asarray(BIAS)}
+    module = Dense(OUT, ("embed", "mlp"), use_bias=True)
+    got = jax.jit(module.apply)({"params": turned(params)}, x)
+    # Sums of 48 products in another order, each rounded to float32.
+    np.testing.assert_allclose(got, module.apply({"params": params}, x), rtol=1e-5, atol=1e-5)
+
+
+def test_few_rows_are_multiplied_with_the_kernel_as_the_left_factor() -> None:
+    # What makes decoding fast on a CPU; XLA would turn the product round if it could.
+    def product(rows: int) -> str:
+        x, kernel = jnp.zeros((rows, IN)), jnp.zeros((OUT, IN))
+        return (
+            jax.jit(partial(linear, dtype=jnp.float32, out_dtype=jnp.float32, transposed=True))
+            .lower(x, kernel)
+            .compile()
+            .as_text()
+        )
+
+    assert f"f32[{OUT},4]" in product(4)
+    assert f"f32[{OUT}," not in product(FEW_ROWS + 1).replace(f"f32[{OUT},{IN}]", "")
+
+
+def test_only_float_kernels_are_turned() -> None:
+    layer = {
+        "a": {"kernel": jnp.asarray(KERNEL), "bias": BIAS},
+        "b": {"kernel": VALUES, "kernel_scale": SCALE},
+        "c": {"scale": BIAS},
+    }
+    got = turned(layer)
+    assert {name: set(part) for name, part in got.items()} == {
+        "a": {"kernel_turned", "bias"},
+        "b": {"kernel", "kernel_scale"},
+        "c": {"scale"},
+    }
+    np.testing.assert_array_equal(got["a"]["kernel_turned"], KERNEL.T)
 
 
 # --- weights stored in bfloat16 -------------------------------------------------------------------------------------
