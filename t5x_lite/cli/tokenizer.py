@@ -7,10 +7,12 @@ from pathlib import Path
 
 from t5x_lite.cli.main import SETTINGS_HELP
 from t5x_lite.cli.settings import read_settings
+from t5x_lite.data import recipe
+from t5x_lite.data.encoders import TextEncoder
 from t5x_lite.data.run_tokenizer import TRAINED_TOKENIZERS
-from t5x_lite.data.sources import check_columns, open_source, select
+from t5x_lite.data.sources import Source, check_columns
 from t5x_lite.data.tokenizer_check import check_tokenizer
-from t5x_lite.data.tokenizers import load_tokenizer, special_ids, train_sentencepiece
+from t5x_lite.data.tokenizers import ByteTokenizer, load_tokenizer, special_ids, train_sentencepiece
 from t5x_lite.errors import InputError
 
 
@@ -35,9 +37,11 @@ def run(args: argparse.Namespace) -> int:
     from t5x_lite.cli.display import show
 
     data = read_settings(args.settings).config.data
-    source = open_source(data.path)
+    source = recipe.open_records(data.path, data)
+    if not isinstance(source, Source):
+        raise InputError(f"'{source}' is a token cache; a tokenizer needs text")
     check_columns(source, (data.text,))
-    texts = (select(where, row, (data.text,))[data.text] for where, row in source.records(columns=(data.text,)))
+    texts = (text for (text,) in recipe.texts_of(TextEncoder(ByteTokenizer(), data.text), source))
     if args.action == "check":
         tokenizer = load_tokenizer(args.model)
         roles = {f"{name}_id": number for name, number in special_ids(tokenizer).items() if not name.startswith("<")}

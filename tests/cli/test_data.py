@@ -161,6 +161,16 @@ def test_bench_data(t5x, tmp_path: Path, corpus_file: Path) -> None:
     assert "--batches must be at least 1, not 0" in one_line(t5x("bench", "data", "--batches", 0))
 
 
+def test_a_tokenizer_is_trained_on_files_as_the_settings_say_to_read_them(t5x, tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    rows = [*('{"text": "un été à la mer"}' for _ in range(20)), "{broken", '{"text": null}']
+    path.write_bytes("\n".join(rows).encode("latin-1"))
+    command = ("tokenizer", "train", tmp_path / "x.model", "--vocab-size", 40, "--extra-ids", 2, f"data.path={path}")
+    status, _, err = t5x(*command, "data.encoding=latin-1", "data.on_error=skip")
+    assert status == 0, err
+    assert "latin.jsonl:1" in one_line(t5x(*command))
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
