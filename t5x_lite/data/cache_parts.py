@@ -15,15 +15,13 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from t5x_lite.data.encoders import Encoded, Encoder, Record
-from t5x_lite.data.parts import locate
+from t5x_lite.data.encoders import Encoded, Encoder, in_batches
+from t5x_lite.data.parts import Record
 from t5x_lite.data.tokens import text_hashes
-from t5x_lite.errors import InputError
 
 PART = "part.json"
 KEYS, SIZES = "keys.u64", "sizes.i64"
 REASONS = 5  # of skipped records that are kept
-_RECORDS, _CHARACTERS = 1000, 2**20  # most of them that are encoded at once
 _CHUNK = 2**20  # bytes that are copied at once
 
 
@@ -75,8 +73,9 @@ def write_part(source: PartedSource, encoder: Encoder, building: Path, index: in
     with removed_on_failure(target):
         with _PartFiles(target, encoder) as files:
             skips = getattr(getattr(source, "reading", None), "on_error", "raise") == "skip"
-            for batch in _batches(source.read(index, files.skip, encoder.columns)):
-                files.add(_encode(encoder, batch, files.skip if skips else None))
+            records = source.read(index, files.skip, encoder.columns)
+            for encoded in in_batches(encoder, records, files.skip if skips else None):
+                files.add(encoded)
             tokens = files.finish()
         try:
             target.rename(part)
@@ -85,41 +84,6 @@ def write_part(source: PartedSource, encoder: Encoder, building: Path, index: in
                 raise
             shutil.rmtree(target)  # another builder's is there
     return tokens
-
-
-def _batches(records: Iterator[tuple[str, Record]]) -> Iterator[list[tuple[str, Record]]]:
-    batch: list[tuple[str, Record]] = []
-    characters = 0
-    for where, record in records:
-        batch.append((where, record))
-        for value in record.values():
-            if type(value) is str:
-                characters += len(value)
-        if len(batch) == _RECORDS or characters >= _CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(
-    encoder: Encoder, batch: Sequence[tuple[str, Record]], on_skip: Callable[[str, str], None] | None
-) -> list[Encoded]:
-    try:
-        return list(encoder(batch))
-    except InputError as error:
-        failure = error
-    out: list[Encoded] = []
-    for where, record in batch:  # one by one, to find those that cannot be used
-        try:
-            out += encoder([(where, record)])
-        except InputError as error:
-            if on_skip is None:
-                raise InputError(str(error).replace(where, locate(where), 1)) from error
-            on_skip(where, str(error))
-    if on_skip is None:
-        raise failure
-    return out
 
 
 class _PartFiles:

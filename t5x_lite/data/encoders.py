@@ -6,23 +6,20 @@ conversation's answers is the exception, since only here is it known where they 
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from t5x_lite.data.identity import identity_of
+from t5x_lite.data.parts import OnSkip, Record, locate, text_of
+from t5x_lite.data.preprocessors import Preprocessor, apply
 from t5x_lite.data.tokenizers import Tokenizer, require_eos
 from t5x_lite.data.tokens import id_type, tokenizer_identity
 from t5x_lite.errors import InputError, nearest
 
-Record = Mapping[str, Any]
-Preprocessor = Callable[[Any], Any]
-"""From a record to a record, to None for none, or to an iterable of records."""
+T = TypeVar("T")
 
+_RECORDS, _CHARACTERS = 1000, 2**20  # most of them that are encoded at once
 _LONG = 200  # characters, on average; an array costs as much as a list of some fifty ids
-
-# A full stop or the like, perhaps with closing quotes and brackets, and space behind it.
-_SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*\s+|[\u3002\uff01\uff1f]")
 
 
 class Encoded(NamedTuple):
@@ -65,6 +62,14 @@ class Encoder(Protocol):
     @property
     def tokenizer_identity(self) -> str:
         """That of the tokenizer alone, as `t5x_lite.data.tokens.tokenizer_identity` gives it."""
+        ...
+
+    def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
+        """Yields the texts of which the examples consist, without tokens; the first of each is its `Encoded.key`.
+
+        Raises:
+            InputError: as a call.
+        """
         ...
 
     def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
@@ -110,19 +115,12 @@ class TextEncoder(_Encoder):
     Attributes:
         column: of the text.
         preprocessors: what each record goes through first.
-        sentences: also gives the feature `sentences`, how many tokens each sentence of the text has, for next-sentence
-            prediction. A sentence is a line of a text that has several, else what ends in `.`, `!` or `?`; each is
-            encoded by itself. Their sum is the length of `tokens`.
     """
 
     column: str = "text"
     preprocessors: tuple[Preprocessor, ...] = ()
-    sentences: bool = False
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """See `Encoder`."""
-        return ("tokens", "sentences") if self.sentences else ("tokens",)
+    features = ("tokens",)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -132,24 +130,24 @@ class TextEncoder(_Encoder):
     @property
     def types(self) -> tuple[str, ...]:
         """See `Encoder`."""
-        return (self._ids, "uint32") if self.sentences else (self._ids,)
+        return (self._ids,)
 
     def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
         """See `Encoder`."""
-        return ((text,) for text in _texts(preprocessed(records, self.preprocessors), self.column))
+        return ((text,) for text in self._texts(records))
 
     def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
         """See `Encoder`."""
-        texts = _texts(preprocessed(records, self.preprocessors), self.column)
-        if not self.sentences:
-            yield from map(Encoded, zip(self._arrays(texts), strict=True), texts, map(len, texts))
-            return
-        divided = [split_sentences(text) for text in texts]
-        encoded = iter(self.tokenizer.encode_batch([sentence for parts in divided for sentence in parts]))
-        for text, parts in zip(texts, divided, strict=True):
-            ids = [next(encoded) for _ in parts]
-            counts = [len(sentence) for sentence in ids if sentence]
-            yield Encoded(([token for sentence in ids for token in sentence], counts), text, len(text))
+        texts = self._texts(records)
+        return map(Encoded, zip(self._arrays(texts), strict=True), texts, map(len, texts))
+
+    def _texts(self, records: Iterable[tuple[str, Record]]) -> list[str]:
+        column = self.column
+        # The usual case without a call: of short lines there are millions.
+        return [
+            value if type(value := record.get(column)) is str else text_of(where, record, column)
+            for where, record in apply(self.preprocessors, records)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,11 +177,15 @@ class PairEncoder(_Encoder):
         """See `Encoder`."""
         return (self._ids, self._ids)
 
+    def examples(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[tuple[str, str], Record]]:
+        """Yields the two texts of each pair, and the record that they stand in, as preprocessed."""
+        for where, record in apply(self.preprocessors, records):
+            source, target = text_of(where, record, self.inputs), text_of(where, record, self.targets)
+            yield (self.prefix + source, target), record
+
     def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
         """See `Encoder`."""
-        for row in preprocessed(records, self.preprocessors):
-            (source,), (target,) = _texts([row], self.inputs), _texts([row], self.targets)
-            yield self.prefix + source, target
+        return (pair for pair, _ in self.examples(records))
 
     def __call__(self, records: Sequence[tuple[str, Record]]) -> Iterator[Encoded]:
         """See `Encoder`."""
@@ -242,7 +244,7 @@ class ChatEncoder(_Encoder):
 
     def texts(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, ...]]:
         """See `Encoder`: what is before an answer and the answer, in turns."""
-        for where, record in preprocessed(records, self.preprocessors):
+        for where, record in apply(self.preprocessors, records):
             turns, _ = self._turns(where, _messages(where, record))
             if not turns:
                 raise InputError(f"{where}: the conversation has no message of the assistant")
@@ -318,67 +320,58 @@ def _messages(where: str, record: Record) -> Any:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def split_sentences(text: str) -> list[str]:
-    """Returns the sentences of a text: its lines that are not blank, or the sentences of its only line."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) != 1:
-        return lines
-    line, start, out = lines[0], 0, []
-    for match in _SENTENCE_END.finditer(line):
-        out.append(line[start : match.end()].rstrip())
-        start = match.end()
-    return [sentence for sentence in (*out, line[start:]) if sentence.strip()]
+def in_batches(
+    make: Callable[[Sequence[tuple[str, Record]]], Iterable[T]],
+    records: Iterable[tuple[str, Record]],
+    on_skip: OnSkip | None,
+) -> Iterator[list[T]]:
+    """Yields what `make`, an encoder or one of its methods, gives for records, of which it gets a thousand at a time.
+
+    Args:
+        make: called with (where, record) pairs; what it gives for one of them does not depend on the others.
+        records: such pairs.
+        on_skip: is told of each record that cannot be used, and why; all that it would give is left out. None: the
+            first of them raises.
+
+    Raises:
+        InputError: as `make`, with the line of the file.
+    """
+    for batch in _batches(records):
+        yield _usable(make, batch, on_skip)
 
 
-def text_of(where: str, record: Record, column: str) -> str:
-    """Returns the text of a column, numbers as they are written; raises InputError, which names `where`, if none."""
-    if column not in record:
-        known = ", ".join(record)
-        raise InputError(f"column '{column}' is not in {where}; its columns are: {known}{nearest(column, record)}")
-    value = record[column]
-    if value is None:
-        raise InputError(f"{where}: column '{column}' is null; every record needs a value")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: column '{column}' is not valid UTF-8 at byte {error.start + 1}") from None
-    if isinstance(value, Mapping | Sequence):
-        raise InputError(f"{where}: column '{column}' is a {type(value).__name__}, not a text")
-    return str(value)
-
-
-def _texts(records: Iterable[tuple[str, Record]], column: str) -> list[str]:
-    # The usual case without a call: of short lines there are millions.
-    return [
-        value if type(value := record.get(column)) is str else text_of(where, record, column)
-        for where, record in records
-    ]
-
-
-def preprocessed(
-    records: Iterable[tuple[str, Record]], preprocessors: Sequence[Preprocessor]
-) -> Iterable[tuple[str, Record]]:
-    """Returns what the preprocessors, one after the other, make of (where, record) pairs."""
-    for preprocessor in preprocessors:
-        records = _through(records, preprocessor)
-    return records
-
-
-def _through(records: Iterable[tuple[str, Record]], preprocessor: Preprocessor) -> Iterator[tuple[str, Record]]:
+def _batches(records: Iterable[tuple[str, Record]]) -> Iterator[list[tuple[str, Record]]]:
+    batch: list[tuple[str, Record]] = []
+    characters = 0
     for where, record in records:
+        batch.append((where, record))
+        for value in record.values():
+            if type(value) is str:
+                characters += len(value)
+        if len(batch) == _RECORDS or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _usable(
+    make: Callable[[Sequence[tuple[str, Record]]], Iterable[T]],
+    batch: Sequence[tuple[str, Record]],
+    on_skip: OnSkip | None,
+) -> list[T]:
+    try:
+        return list(make(batch))
+    except InputError as error:
+        failure = error
+    out: list[T] = []
+    for where, record in batch:  # one by one, to find those that cannot be used
         try:
-            result = preprocessor(record)
-            results = () if result is None else (result,) if isinstance(result, Mapping) else tuple(result)
+            out += list(make([(where, record)]))
         except InputError as error:
-            raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
-        except (OSError, MemoryError):  # which are not the record's fault
-            raise
-        except Exception as error:
-            name = getattr(preprocessor, "__name__", type(preprocessor).__name__)
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise InputError(f"{where}: preprocessor {name} failed: {reason}") from error
-        for changed in results:
-            yield where, changed
+            if on_skip is None:
+                raise InputError(str(error).replace(where, locate(where), 1)) from error
+            on_skip(where, str(error))
+    if on_skip is None:
+        raise failure
+    return out

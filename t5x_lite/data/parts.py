@@ -5,7 +5,7 @@ import contextlib
 import encodings.aliases
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -104,6 +104,34 @@ def judge(reading: Reading, on_skip: OnSkip | None = None) -> OnSkip:
             on_skip(where, reason)
 
     return bad
+
+
+def text_of(where: str, record: Record, column: str) -> str:
+    """Returns what a column holds as text: numbers are written out, bytes are UTF-8.
+
+    Raises:
+      InputError: with `where` it is, for a column that is missing (and the nearest name), null, or no text or number.
+    """
+    value = record.get(column)
+    if isinstance(value, str):
+        return value
+    if column not in record:
+        raise InputError(missing(column, record, where))
+    if value is None:
+        raise InputError(f"{where}: column '{column}' is null; every record needs a value")
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: column '{column}' is not valid UTF-8 at byte {error.start + 1}") from None
+    if isinstance(value, Iterable):
+        raise InputError(f"{where}: column '{column}' is a {type(value).__name__}, not a text")
+    return str(value)
+
+
+def missing(column: str, record: Record, where: str = "the record") -> str:
+    """Returns the message about a column that a record lacks."""
+    return f"column '{column}' is not in {where}; its columns are: {', '.join(record)}{nearest(column, record)}"
 
 
 def locate(message: str) -> str:

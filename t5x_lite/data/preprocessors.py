@@ -27,34 +27,38 @@ _SPACE = re.compile(r"[\t\n\f\r ]+")
 _PADDED = str.maketrans({mark: f" {mark} " for mark in string.punctuation})
 
 
-def apply(preprocessors: Sequence[Preprocessor], where: str, record: Record) -> Iterator[Record]:
-    """Yields what a record becomes, none or more records.
+def apply(preprocessors: Sequence[Preprocessor], records: Iterable[tuple[str, Record]]) -> Iterable[tuple[str, Record]]:
+    """Returns what records become, each of them none or more records, as an iterable that works when it is read.
 
     Args:
         preprocessors: applied in this order, each to everything that the one before gave.
-        where: the place of the record, for messages.
-        record: it is not changed.
+        records: (where, record) pairs; the records are not changed.
 
     Raises:
         InputError: a record that a preprocessor cannot use, whatever it raises; the message begins with `where`.
     """
-    if not preprocessors:
-        yield record
-        return
-    preprocessor = preprocessors[0]
-    try:
-        result = preprocessor(record)
-        successors = () if result is None else (result,) if isinstance(result, Mapping) else tuple(result)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    except (OSError, MemoryError):  # which are not the record's fault
-        raise
-    except Exception as error:
-        name = getattr(preprocessor, "__name__", type(preprocessor).__name__)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{where}: preprocessor {name} failed: {reason}") from error
-    for successor in successors:
-        yield from apply(preprocessors[1:], where, cast("Record", successor))
+    for preprocessor in preprocessors:
+        records = _through(preprocessor, records)
+    return records
+
+
+def _through(preprocessor: Preprocessor, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+    name = getattr(preprocessor, "__name__", type(preprocessor).__name__)
+    for where, record in records:
+        try:
+            result = preprocessor(record)
+            successors = () if result is None else (result,) if isinstance(result, Mapping) else tuple(result)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        except (OSError, MemoryError):  # which are not the record's fault
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise InputError(f"{where}: preprocessor {name} failed: {reason}") from error
+        for successor in successors:
+            if not isinstance(successor, Mapping):
+                raise InputError(f"{where}: preprocessor {name} gave {successor!r:.60}; it must give records")
+            yield where, cast("Record", successor)
 
 
 def column(record: Record, name: str) -> Any:

@@ -6,20 +6,21 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from t5x_lite.config import DataConfig, ObjectiveName, RunConfig, TaskConfig
 from t5x_lite.data import objectives, published_tasks
-from t5x_lite.data.encoders import ChatEncoder, Encoder, PairEncoder, TextEncoder, preprocessed
+from t5x_lite.data.encoders import ChatEncoder, Encoder, PairEncoder, TextEncoder, in_batches
 from t5x_lite.data.examples import Records, examples_of
 from t5x_lite.data.hold_out import held_out, held_out_blocks
 from t5x_lite.data.objectives import Objective, Sides, Vocabulary
 from t5x_lite.data.packing import Layout
 from t5x_lite.data.pipeline import Component, Dataset, plan_rows
+from t5x_lite.data.prepared_datasets import TFDS
 from t5x_lite.data.preprocessors import Preprocessor
 from t5x_lite.data.sources import Reading, Record, Source, check_columns, open_source
 from t5x_lite.data.streaming import StreamComponent, StreamingDataset
@@ -29,6 +30,8 @@ from t5x_lite.data.tokenizers import ByteTokenizer, Tokenizer
 from t5x_lite.data.tokens import text_hashes
 from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
+
+T = TypeVar("T")
 
 CACHE_VARIABLE = "T5X_LITE_CACHE"
 
@@ -203,22 +206,27 @@ def _member(entry: TaskConfig) -> Task | Mixture:
     return dataclasses.replace(member, name=entry.name) if entry.name else member
 
 
-def _open_task(task: Task, entry: TaskConfig, data: DataConfig) -> TaskData:
-    reading = Reading(data.on_error, data.encoding, data.max_record_bytes)
+def open_records(source: str | Mapping[str, Any], data: DataConfig) -> Source | Path:
+    """Returns a source, read as `data` says where it does not say itself, or the directory of a token cache.
 
+    Raises:
+      InputError: as `sources.open_source`.
+    """
+    spec = {"path": source} if isinstance(source, str) else dict(source)
+    path = spec.get("path")
+    if isinstance(path, str) and is_cache(path):
+        return Path(path).expanduser()
+    if isinstance(path, str) and path.startswith(TFDS) and data.data_dir:
+        spec.setdefault("data_dir", data.data_dir)
+    return open_source(spec, Reading(data.on_error, data.encoding, data.max_record_bytes))
+
+
+def _open_task(task: Task, entry: TaskConfig, data: DataConfig) -> TaskData:
     def opened(source: str | Mapping[str, Any] | None) -> Source | Path | None:
-        if source is None:
-            return None
-        spec = {"path": source} if isinstance(source, str) else dict(source)
-        path = spec.get("path")
-        if isinstance(path, str) and is_cache(path):
-            return Path(path).expanduser()
-        if isinstance(path, str) and path.startswith("tfds:") and data.data_dir:
-            spec.setdefault("data_dir", data.data_dir)
-        opened_source = open_source(spec, reading)
-        if opened_source.is_stream:
+        found = None if source is None else open_records(source, data)
+        if isinstance(found, Source) and found.is_stream:
             raise InputError("data.path=-: the standard input can be read only once, training reads it again and again")
-        return opened_source
+        return found
 
     def setting(name: str) -> Any:
         own = getattr(entry, name)
@@ -337,23 +345,30 @@ def training_texts(data: RunData, config: DataConfig) -> Iterator[str]:
         if share < 1:
             # Not by the keys themselves, whose order decides on the hold-out.
             kept &= keys * np.uint64(0x9E3779B97F4A7C15) < np.uint64(int(share * 2**64))
-        for texts, keep in zip(_texts(encoder, task.source), kept, strict=True):
-            if keep:
-                yield from texts
+        for texts in itertools.compress(texts_of(encoder, task.source), kept):
+            yield from texts
+
+
+def texts_of(encoder: Encoder, source: Source) -> Iterator[tuple[str, ...]]:
+    """Yields the texts of the examples that a token cache of this source has, in its order."""
+    return _made(encoder.texts, source, encoder.columns)
+
+
+def _made(make: Callable[..., Iterable[T]], source: Source, columns: Sequence[str] = ()) -> Iterator[T]:
+    # Records that cannot be used are counted where the cache is built, which leaves out the same ones.
+    on_skip = None if source.reading.on_error == "raise" else lambda where, reason: None
+    batches = in_batches(make, source.records(columns=columns), on_skip)
+    return itertools.chain.from_iterable(batches)
 
 
 def _keys_and_sizes(encoder: Encoder, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Returns what a token cache would have of these records, without tokens."""
-    keys, sizes = [np.zeros(0, np.uint64)], []
-    texts = _texts(encoder, source)
+    keys, sizes = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    texts = texts_of(encoder, source)
     while chunk := list(itertools.islice(texts, 1000)):
         keys.append(text_hashes([example[0] for example in chunk]))
-        sizes += [sum(map(len, example)) for example in chunk]
-    return np.concatenate(keys), np.array(sizes, np.int64)
-
-
-def _texts(encoder: Encoder, source: Source) -> Iterator[tuple[str, ...]]:
-    return encoder.texts(source.records())
+        sizes.append(np.array([sum(map(len, example)) for example in chunk], np.int64))
+    return np.concatenate(keys), np.concatenate(sizes)
 
 
 def cache_root(data: DataConfig) -> Path:
@@ -493,13 +508,10 @@ def pairs(task: TaskData, data: DataConfig, split: str) -> Iterator[tuple[tuple[
     source = task.eval_source if apart else task.source
     if not isinstance(source, Source) or task.objective != "text_to_text":
         return
-    bare = dataclasses.replace(task, preprocessors=()).encoder(ByteTokenizer())
-    keys, sizes = _keys_and_sizes(task.encoder(ByteTokenizer()), source)
+    encoder = cast(PairEncoder, task.encoder(ByteTokenizer()))
+    keys, sizes = _keys_and_sizes(encoder, source)
     chosen = np.ones(len(keys), bool)
     if not apart:
         held = task.held_out(keys, sizes, data.eval_fraction)
         chosen = held if split == "validation" else ~held
-    sides = iter(chosen.tolist())
-    for where, record in preprocessed(source.records(), task.preprocessors):
-        if next(sides):
-            yield cast(tuple[str, str], next(bare.texts([(where, record)]))), record
+    yield from itertools.compress(_made(encoder.examples, source), chosen)

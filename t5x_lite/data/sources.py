@@ -18,14 +18,14 @@ from typing import Any, get_args
 
 from t5x_lite.data import corpus, storage
 from t5x_lite.data.binary_files import array_record_parts, arrow_parts, parquet_parts
-from t5x_lite.data.parts import PART_BYTES, OnSkip, Part, Reading, Record, Rows, judge, locate
+from t5x_lite.data.parts import PART_BYTES, OnSkip, Part, Reading, Record, Rows, judge, locate, missing, text_of
 from t5x_lite.data.prepared_datasets import TFDS, is_saved_dataset, is_tfds_directory, open_saved_dataset, open_tfds
 from t5x_lite.data.readers import InputPart, LineFormat, line_parts
 from t5x_lite.errors import InputError, nearest
 
 __all__ = [
     "INPUT", "STDLIB", "Part", "Reading", "Record", "Source",
-    "check_columns", "locate", "open_source", "read_records", "select",
+    "check_columns", "locate", "open_source", "read_records",
 ]  # fmt: skip
 
 STDLIB = "stdlib"
@@ -88,8 +88,8 @@ class Source:
     def _renamed(self, rows: Rows, bad: OnSkip) -> Rows:
         old_names = {old for _, old in self.columns}
         for where, record in rows:
-            if missing := [old for _, old in self.columns if old not in record]:
-                bad(where, _missing(missing[0], record))
+            if absent := [old for _, old in self.columns if old not in record]:
+                bad(where, missing(absent[0], record))
                 continue
             renamed = {new: record[old] for new, old in self.columns}
             yield where, {name: value for name, value in record.items() if name not in old_names} | renamed
@@ -157,7 +157,7 @@ def check_columns(source: Source | str | Sequence[str] | Mapping[str, Any], colu
         for _, record in source.read(index):
             for name in columns:
                 if name not in record:
-                    raise InputError(_missing(name, record, part.name))
+                    raise InputError(missing(name, record, part.name))
             return
     raise InputError(f"no records in '{source.spec}'")
 
@@ -173,37 +173,15 @@ def read_records(path: str, columns: tuple[str, ...] = ()) -> Iterator[dict[str,
       InputError: at once for what is not there or a format that is not known; while iterating for content that cannot
         be read (the message names file and line), a missing or null column, or no records at all.
     """
-    rows = open_source(path).records(columns=columns)
-    return (select(where, record, columns or tuple(record)) for where, record in rows)
+    return _written_out(open_source(path).records(columns=columns), columns)
 
 
-def select(where: str, record: Record, columns: Sequence[str]) -> dict[str, str]:
-    """Returns these columns of a record as strings; numbers are written out.
-
-    Raises:
-      InputError: with where it is, for a column that is missing (and the nearest name), null, or no text or number.
-    """
-    out = {}
-    for name in columns:
-        value = record.get(name)
-        if not isinstance(value, str):
-            if name not in record:
-                raise InputError(_missing(name, record, locate(where)))
-            value = _written_out(name, value, where)
-        out[name] = value
-    return out
-
-
-def _written_out(name: str, value: Any, where: str) -> str:
-    if value is None:
-        raise InputError(f"{locate(where)}: column '{name}' is null; every record needs a value")
-    if isinstance(value, list | dict | bytes):
-        raise InputError(f"{locate(where)}: column '{name}' is a {type(value).__name__}, not a text")
-    return str(value)
-
-
-def _missing(name: str, record: Record, where: str = "the record") -> str:
-    return f"column '{name}' is not in {where}; its columns are: {', '.join(record)}{nearest(name, record)}"
+def _written_out(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    for where, record in rows:
+        try:
+            yield {column: text_of(where, record, column) for column in columns or record}
+        except InputError as error:
+            raise InputError(locate(str(error))) from error
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from t5x_lite.data import order
-from t5x_lite.data.encoders import Encoder
+from t5x_lite.data.encoders import Encoder, in_batches
 from t5x_lite.data.examples import shortest
 from t5x_lite.data.objectives import Example, Objective, Vocabulary
 from t5x_lite.data.packing import Batch, Layout
@@ -20,8 +20,6 @@ from t5x_lite.data.sources import Record, Source
 from t5x_lite.errors import InputError
 
 WINDOW = 4096  # examples that are shuffled together
-
-_CHUNK = 256  # records that are tokenised together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,11 +65,12 @@ class StreamComponent:
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields the arrays of the examples of an epoch, in the order in which they are read."""
         records = self._records(seed, epoch, component)
-        texts = iter(lambda: list(itertools.islice(records, _CHUNK)), [])
         features = (
             tuple(np.asarray(ids, np.int32) for ids in encoded.features)
-            for chunk in texts
-            for encoded in self.encoder(chunk)
+            for batch in in_batches(
+                self.encoder, records, None if self.source.reading.on_error == "raise" else _pass_over
+            )
+            for encoded in batch
         )
         if self.objective.arrays != ("tokens",):
             yield from features
@@ -90,7 +89,11 @@ class StreamComponent:
     def _records(self, seed: int, epoch: int, component: int) -> Iterator[tuple[str, Record]]:
         parts = np.arange(len(self.source.parts))
         for part in order.permute(parts, len(parts), (seed, epoch), order.PARTS, component).tolist():
-            yield from self.source.read(part)
+            yield from self.source.read(part, columns=self.encoder.columns)
+
+
+def _pass_over(where: str, reason: str) -> None:
+    """Says nothing of a record that cannot be used: it comes again in every epoch."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from t5x_lite.data import preprocessors as _preprocessors
-from t5x_lite.data.preprocessors import Preprocessor, Record
+from t5x_lite.data.preprocessors import Preprocessor
 from t5x_lite.errors import InputError, nearest
 
 PROPORTIONAL = "proportional"
@@ -24,7 +23,7 @@ class Task:
       name: how mixtures, logs and messages call it.
       source: what `sources.open_source` reads for training (`tfds:glue/sst2:train`, a file, a glob, a mapping); None
         for a task that is only evaluated.
-      preprocessors: applied to every record in this order (see `preprocessors.apply`); the last gives the strings
+      preprocessors: applied to every record in this order (see `preprocessors.apply`); the last gives the texts
         `inputs` and `targets`, and keeps what the metrics need. They have to be picklable, for workers to run them.
       objective: how the pair is trained on; None is text to text.
       metrics: names in `evaluation.task_metrics.METRICS`, or `bleu` and `rouge`, which evaluation cannot compute yet.
@@ -59,19 +58,6 @@ class Task:
     ) -> "Task":
         """Returns this task on other data with the same columns, a local file for one."""
         return dataclasses.replace(self, source=source, eval_source=eval_source)
-
-    def examples(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
-        """Yields (where, record with str `inputs` and `targets`) for what `Source.records` yields.
-
-        Raises:
-          InputError: while iterating, naming the place of a record that cannot be used.
-        """
-        for where, record in records:
-            for example in _preprocessors.apply(self.preprocessors, where, record):
-                for side in ("inputs", "targets"):
-                    if not isinstance(example.get(side), str):
-                        raise InputError(f"{where}: task '{self.name}' gives no text '{side}' for this record")
-                yield where, example
 
 
 Members = Mapping["Task | Mixture | str", float | str] | Iterable["Task | Mixture | str"]

@@ -41,7 +41,7 @@ def cache_rate(data: recipe.RunData, config: RunConfig, tokenizer: Tokenizer) ->
 
 def _alone(task: recipe.TaskData, source: Source, tokenizer: Tokenizer) -> tuple[int, float]:
     texts, size = [], 0
-    for example in task.encoder(ByteTokenizer()).texts(source.records()):
+    for example in recipe.texts_of(task.encoder(ByteTokenizer()), source):
         texts += example
         size += sum(map(len, example))
         if size > _ALONE_CHARACTERS:

@@ -62,15 +62,6 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
     return f"{type(tokenizer).__name__} of {tokenizer.vocab_size} ids, {digest.hexdigest()[:16]}"
 
 
-def content_hash(record: object, seed: int = 0) -> int:
-    """Returns a 64-bit hash of a record's content (its `repr`; for a mapping, in the order of its keys' names)."""
-    content = repr(sorted(record.items()) if isinstance(record, dict) else record)
-    digest = hashlib.blake2b(
-        content.encode(errors="surrogatepass"), digest_size=8, salt=(seed % 2**64).to_bytes(8, "little")
-    )
-    return int.from_bytes(digest.digest(), "little")
-
-
 def text_hashes(texts: Sequence[str]) -> np.ndarray:
     """Returns uint64 [texts]: the 8 bytes of each one's BLAKE2b digest of that size, as a little-endian number."""
     digests = (hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t5x_lite.data.encoders import ChatEncoder, ChatTemplate, PairEncoder, TextEncoder, split_sentences
+from t5x_lite.data.encoders import ChatEncoder, ChatTemplate, PairEncoder, TextEncoder
 from t5x_lite.data.identity import identity_of
 from t5x_lite.data.tokenizers import ByteTokenizer, load_tokenizer, train_sentencepiece
 from t5x_lite.data.tokens import tokenizer_identity
@@ -107,34 +107,9 @@ def test_a_large_vocabulary_takes_four_bytes():
     class Large(ByteTokenizer):
         vocab_size = 2**16 + 1
 
-    assert TextEncoder(Large(), sentences=True).types == ("int32", "uint32")
+    assert TextEncoder(Large()).types == ("int32",)
     assert PairEncoder(Large()).types == ("int32", "int32")
     assert ChatEncoder(Large()).types == ("int32", "uint8")
-
-
-@pytest.mark.parametrize(
-    ("text", "sentences"),
-    [
-        ("One. Two!  Three?", ["One.", "Two!", "Three?"]),
-        ('He said "no." Then "why?" he asked...  Well.', ['He said "no."', 'Then "why?"', "he asked...", "Well."]),
-        ("3.14 is not 3. And", ["3.14 is not 3.", "And"]),
-        ("first line. goes on\n\n second \n", ["first line. goes on", " second "]),
-        ("今日は。明日！", ["今日は。", "明日！"]),  # noqa: RUF001
-        ("no end", ["no end"]),
-        (" \n ", []),
-        ("", []),
-    ],
-)
-def test_sentences(text, sentences):
-    assert split_sentences(text) == sentences
-
-
-def test_the_tokens_of_each_sentence_are_counted():
-    encoder = TextEncoder(TOKENIZER, sentences=True)
-    found = encode(encoder, {"text": "One. Two!"}, {"text": ""}, {"text": "a\nbcd\n"})
-    assert [list(each.features[1]) for each in found] == [[4, 4], [], [1, 3]]
-    assert [TOKENIZER.decode(each.features[0]) for each in found] == ["One.Two!", "", "abcd"]
-    assert all(sum(each.features[1]) == len(each.features[0]) for each in found)
 
 
 def drop_short(record):
@@ -320,7 +295,6 @@ def test_the_identity_changes_with_every_setting():
     identities = [
         text(),
         text(column="body"),
-        text(sentences=True),
         text(preprocessors=(Cut(3),)),
         text(preprocessors=(Cut(4),)),
         text(preprocessors=(drop_short,)),
@@ -357,9 +331,9 @@ def test_the_identity_is_the_same_in_every_process():
         "import re\n"
         "from t5x_lite.data.encoders import *\n"
         "from t5x_lite.data.tokenizers import ByteTokenizer\n"
-        "print(PairEncoder(ByteTokenizer(), (frozenset('abcdef'), split_sentences, ChatTemplate('x'))).identity)"
+        "print(PairEncoder(ByteTokenizer(), (frozenset('abcdef'), str.lower, ChatTemplate('x'))).identity)"
     )
     environment = [{"PYTHONHASHSEED": seed} for seed in ("1", "2")]
     found = {subprocess.check_output([sys.executable, "-c", program], env=each, text=True) for each in environment}
     assert len(found) == 1
-    assert found == {PairEncoder(TOKENIZER, (frozenset("abcdef"), split_sentences, ChatTemplate("x"))).identity + "\n"}
+    assert found == {PairEncoder(TOKENIZER, (frozenset("abcdef"), str.lower, ChatTemplate("x"))).identity + "\n"}

@@ -45,7 +45,7 @@ def test_rename_copies_columns() -> None:
 
 def test_a_preprocessor_does_not_change_the_record_it_is_given() -> None:
     record = {"sentence": "x", "label": 0}
-    list(apply((Rename({"sentence": "text"}), ClassLabels("b", ("text",), ("no", "yes"))), "f:1", record))
+    list(apply((Rename({"sentence": "text"}), ClassLabels("b", ("text",), ("no", "yes"))), [("f:1", record)]))
     assert record == {"sentence": "x", "label": 0}
 
 
@@ -121,7 +121,7 @@ def test_punctuation_is_set_apart() -> None:
 )
 def test_records_that_cannot_be_used(step: object, record: dict, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        list(apply((step,), "f:3", record))  # type: ignore[arg-type]
+        list(apply((step,), [("f:3", record)]))  # type: ignore[arg-type]
     assert str(caught.value).startswith("f:3: ")
     assert message in str(caught.value)
 
@@ -146,7 +146,8 @@ SCHEMA = {"span1_text": "the jar", "span2_text": "it", "label": 1}
 )
 def test_schemas_whose_place_is_not_exact(text: str, index: int, inputs: str) -> None:
     record = {**SCHEMA, "text": text, "span2_index": index}
-    assert list(apply((WinogradSchema(True),), "f", record)) == [{"inputs": inputs, "targets": "the jar", "label": 1}]
+    made = [example for _, example in apply((WinogradSchema(True),), [("f", record)])]
+    assert made == [{"inputs": inputs, "targets": "the jar", "label": 1}]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_articles_of_squad_are_flattened() -> None:
         ("1", "Who?", "Ada ran; she won.", {"text": ["Ada", "she"]}),
         ("2", "How?", "Ada ran; she won.", {"text": ["Ada"]}),
     ]
-    made = list(apply((squad_paragraphs, question_answer), "f", article))
+    made = [example for _, example in apply((squad_paragraphs, question_answer), [("f", article)])]
     assert made[0]["inputs"] == "question: Who ? context: Ada ran ; she won . "
     assert made[0]["answers"] == ["Ada", "she"]
 

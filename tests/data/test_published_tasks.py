@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from t5x_lite.data import published_tasks
-from t5x_lite.data.preprocessors import LANGUAGES, Format, question_answer, squad_paragraphs
+from t5x_lite.data.preprocessors import LANGUAGES, Format, apply, question_answer, squad_paragraphs
 from t5x_lite.data.published_tasks import find, mixture, task
 from t5x_lite.data.sources import open_source
 from t5x_lite.data.tasks import Task
@@ -33,7 +33,7 @@ def test_examples_are_those_of_t5(name: str) -> None:
     records = T5["tasks"][name]["records"]
     assert len(records) >= 20
     for place, record in enumerate(records):
-        made = [example for _, example in task(name).examples([(f"{name}:{place}", record["record"])])]
+        made = [example for _, example in apply(task(name).preprocessors, [(f"{name}:{place}", record["record"])])]
         assert made == record["examples"]
 
 
@@ -128,7 +128,7 @@ def test_the_registry_cannot_be_changed_and_goes_to_workers() -> None:
 def texts(
     found: Task, records: Iterable[tuple[str, dict[str, Any]]], limit: int | None = None
 ) -> list[tuple[str, str]]:
-    return [(e["inputs"], e["targets"]) for _, e in itertools.islice(found.examples(records), limit)]
+    return [(e["inputs"], e["targets"]) for _, e in itertools.islice(apply(found.preprocessors, records), limit)]
 
 
 def written(file: Path, columns: tuple[str, ...], rows: Iterable[list[str]]) -> str:
@@ -172,7 +172,7 @@ def test_real_questions_in_several_languages() -> None:
     files = sorted((DATA / "xquad-squad-en").glob("xquad.*.json"))
     assert len(files) > 1
     for file in files:
-        made = [example for _, example in reading.examples([(file.name, json.loads(file.read_text()))])]
+        made = [example for _, example in apply(reading.preprocessors, [(file.name, json.loads(file.read_text()))])]
         assert len(made) == 1190
         assert all(example["inputs"].startswith("question: ") for example in made)
         # Set apart alike, the answer is still a stretch of the context but for the spaces.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.config import RunConfig, resolve
-from t5x_lite.data import recipe
+from t5x_lite.data import recipe, sources
 from t5x_lite.data.pipeline import Dataset
 from t5x_lite.data.tasks import Mixture, Task
 from t5x_lite.data.tokenizers import ByteTokenizer
@@ -146,6 +146,49 @@ def test_records_that_are_skipped_are_counted(tmp_path: Path) -> None:
     (note,) = datasets_of(f"data.path={path}", "data.on_error=skip").notes
     assert note.startswith("some: 1 records were skipped, such as ")
     assert "some.jsonl:21" in note
+
+
+def test_what_is_skipped_is_skipped_whoever_reads(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n} of some length", "q": f"question {n}", "a": f"answer {n}"} for n in range(400)]
+    for n in range(0, 400, 7):  # a value that is not there: no reader minds, but an encoder does
+        rows[n] |= {"text": None, "q": None} if n % 2 else {"text": [], "a": {}}
+    lines = [*map(json.dumps, rows[:50]), "{not JSON", *map(json.dumps, rows[50:])]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    settings = (f"data.path={tmp_path / 'data.jsonl'}", "data.on_error=skip", "data.eval_fraction=0.2")
+
+    config = config_of(*settings, "data.objective=causal_lm", "model=decoder-small")
+    data = recipe.open_data(config.data)
+    trained_on = set(recipe.training_texts(data, config.data))
+    read = recipe.datasets(data, config, BYTES)
+    assert read.notes[0].startswith("data: 59 records were skipped")
+    held = "".join(texts_of(read.validation, "decoder_target_tokens")).replace("text ", "\ntext ").split("\n")[1:]
+    assert len(trained_on) + len(held) == 400 - 58
+    assert not trained_on & set(held)
+
+    paired = (*settings, "data.objective=text_to_text", "data.inputs=q", "data.targets=a")
+    config = config_of(*paired)
+    data = recipe.open_data(config.data)
+    read = recipe.datasets(data, config, BYTES)
+    for split, dataset in (("train", read.train), ("validation", read.validation)):
+        pairs = [pair for pair, _ in recipe.pairs(data.tasks[0], config.data, split)]
+        assert pairs == list(zip(texts_of(dataset), texts_of(dataset, "decoder_target_tokens"), strict=True))
+
+    streamed = datasets_of(*settings, "data.streaming=true", f"data.eval_path={tmp_path / 'data.jsonl'}")
+    assert streamed.train.loader(0)(0)["encoder_input_tokens"].shape == (4, 32)
+
+
+def test_a_record_in_a_later_part_is_named_by_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.open_source, "__defaults__", (None, 200))  # bytes of a part
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "some words"}\n' * 30 + '{"text": null}\n' + '{"text": "some words"}\n' * 9)
+    config = config_of(f"data.path={path}", "data.streaming=true", f"data.eval_path={write_lines(tmp_path / 'e', 9)}")
+    data = recipe.open_data(config.data)
+    for read in (
+        lambda: list(recipe.training_texts(data, config.data)),
+        lambda: list(map(recipe.datasets(data, config, BYTES).train.loader(0), range(40))),
+    ):
+        with pytest.raises(InputError, match=r"data\.jsonl:31: column 'text' is null"):
+            read()
 
 
 def test_a_token_cache_is_a_source_and_knows_its_tokenizer(tmp_path: Path) -> None:

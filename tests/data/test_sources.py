@@ -7,13 +7,17 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
 from t5x_lite.data import sources
-from t5x_lite.data.sources import Reading, check_columns, locate, open_source, read_records, select
+from t5x_lite.data.encoders import TextEncoder, in_batches
+from t5x_lite.data.parts import text_of
+from t5x_lite.data.sources import Reading, check_columns, locate, open_source, read_records
+from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
 
 ROWS = [{"a": "one, two", "b": "naïve"}, {"a": '"hi" she said', "b": "日本"}]
@@ -305,17 +309,20 @@ def test_remote_mistakes(store, monkeypatch):
             open_source(url)
 
 
-def test_select():
-    record = {"text": "x", "n": 3, "flag": True, "none": None, "list": ["a"], "bytes": b"\xff"}
-    assert select("f:1", record, ("n", "text", "flag")) == {"n": "3", "text": "x", "flag": "True"}
+def test_the_text_of_a_column():
+    record = {"text": "x", "n": 3, "flag": True, "none": None, "list": ["a"], "bytes": b"\xff", "array": np.zeros(2)}
+    record["utf8"] = "é".encode()
+    texts = {name: text_of("f:1", record, name) for name in ("n", "text", "flag", "utf8")}
+    assert texts == {"n": "3", "text": "x", "flag": "True", "utf8": "é"}
     for name, message in {
         "txt": "column 'txt' is not in f:1; its columns are: text, n, .*did you mean 'text'",
         "none": "f:1: column 'none' is null",
         "list": "f:1: column 'list' is a list, not a text",
-        "bytes": "f:1: column 'bytes' is a bytes, not a text",
+        "array": "f:1: column 'array' is a ndarray, not a text",
+        "bytes": "f:1: column 'bytes' is not valid UTF-8 at byte 1",
     }.items():
         with pytest.raises(InputError, match=message):
-            select("f:1", record, (name,))
+            text_of("f:1", record, name)
 
 
 def test_a_place_in_a_later_part_is_located(tmp_path):
@@ -324,7 +331,7 @@ def test_a_place_in_a_later_part_is_located(tmp_path):
     source = open_source(str(path), part_bytes=100)
     where, record = list(source.read(len(source.parts) - 1))[-1]
     with pytest.raises(InputError, match=r"column 'a' is not in .*a file\.jsonl:31; its"):
-        select(where, record, ("a",))
+        list(in_batches(TextEncoder(ByteTokenizer(), "a").texts, [(where, record)], None))
     assert locate(f"'{where}' and more") == f"'{path}:31' and more"
     assert locate("x@3+4: no such file") == "x@3+4: no such file"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t5x_lite.data.preprocessors import Format
+from t5x_lite.data.preprocessors import Format, apply
 from t5x_lite.data.published_tasks import task
 from t5x_lite.data.sources import read_records
 from t5x_lite.data.tasks import PROPORTIONAL, Mixture, Task
@@ -24,7 +24,7 @@ def shares(mixture: Mixture, sizes: dict[str, int] | None = None) -> dict[str, f
 
 def test_a_task_gives_the_text_of_its_records() -> None:
     records = [("f:1", {"text": "one", "label": 1}), ("f:2", {"text": "two", "label": 0})]
-    assert [(where, e["inputs"], e["targets"]) for where, e in A.examples(records)] == [
+    assert [(where, e["inputs"], e["targets"]) for where, e in apply(A.preprocessors, records)] == [
         ("f:1", "one", "1"),
         ("f:2", "two", "0"),
     ]
@@ -34,9 +34,9 @@ def test_preprocessors_may_drop_records_and_make_several_of_one() -> None:
     def halves(record: dict) -> list[dict] | None:
         return [{"text": half} for half in record["text"].split("|")] if record["text"] else None
 
-    both = Task("t", "f", (halves, Format("half: {text}", "{text}")))
+    both = halves, Format("half: {text}", "{text}")
     records = [("f:1", {"text": "a|b"}), ("f:2", {"text": ""}), ("f:3", {"text": "c"})]
-    assert [(where, e["inputs"]) for where, e in both.examples(records)] == [
+    assert [(where, e["inputs"]) for where, e in apply(both, records)] == [
         ("f:1", "half: a"),
         ("f:1", "half: b"),
         ("f:3", "half: c"),
@@ -45,12 +45,11 @@ def test_preprocessors_may_drop_records_and_make_several_of_one() -> None:
 
 def test_a_record_that_cannot_be_used_is_named() -> None:
     with pytest.raises(InputError, match=r"^f:7: column 'text' is missing; did you mean 'texts'\?; there are texts$"):
-        list(A.examples([("f:7", {"texts": "x"})]))
-    with pytest.raises(InputError, match=r"^f:7: task 'bare' gives no text 'targets'"):
-        list(Task("bare", "f").examples([("f:7", {"inputs": "x", "targets": 3})]))
-    broken = Task("broken", "f", (lambda record: 1 // record["n"],))
+        list(apply(A.preprocessors, [("f:7", {"texts": "x"})]))
     with pytest.raises(InputError, match=r"^f:7: preprocessor <lambda> failed: ZeroDivisionError"):
-        list(broken.examples([("f:7", {"n": 0})]))
+        list(apply((lambda record: 1 // record["n"],), [("f:7", {"n": 0})]))
+    with pytest.raises(InputError, match=r"^f:7: preprocessor <lambda> gave 'a'; it must give records$"):
+        list(apply((lambda record: "ab",), [("f:7", {"n": 0})]))
 
 
 def test_a_task_needs_a_name_and_data() -> None:
@@ -73,7 +72,7 @@ def test_a_published_task_reads_a_local_file(tmp_path: Path) -> None:
     file.write_text("extra\tsentence\tlabel\nx\tThe mill turns.\t1\ny\tMill the turns.\t0\nz\tSo?\tunacceptable\n")
     local = task("glue_cola").with_source(str(file), str(file))
     assert (local.source, local.eval_source, local.metrics) == (str(file), str(file), ("matthews_correlation",))
-    made = list(local.examples((str(file), dict(record)) for record in read_records(str(file))))
+    made = list(apply(local.preprocessors, ((str(file), dict(record)) for record in read_records(str(file)))))
     assert [(e["inputs"], e["targets"]) for _, e in made] == [
         ("cola sentence: The mill turns.", "acceptable"),
         ("cola sentence: Mill the turns.", "unacceptable"),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.data import cache_parts, token_cache, worker_processes
-from t5x_lite.data.encoders import PairEncoder, TextEncoder
+from t5x_lite.data.encoders import ChatEncoder, PairEncoder, TextEncoder
 from t5x_lite.data.sources import Reading, open_source
 from t5x_lite.data.token_cache import build_cache, cache_key, open_cache
 from t5x_lite.data.tokenizers import ByteTokenizer, train_sentencepiece
@@ -150,10 +150,11 @@ def test_long_and_short_texts_are_written_alike(tmp_path):
 
 def test_what_is_no_token_is_not_counted_as_one(tmp_path, numbers):
     calls = []
-    source, encoder = numbers.Numbers(parts=(3,)), TextEncoder(ByteTokenizer(), sentences=True)
+    answered = lambda record: {"prompt": "", "response": record["text"]}  # noqa: E731
+    source, encoder = numbers.Numbers(parts=(3,)), ChatEncoder(ByteTokenizer(), preprocessors=(answered,))
     cache = build_cache(source, encoder, tmp_path, progress=lambda *told: calls.append(told))
-    assert cache.features["sentences"].flat.tolist() == [4, 6, 8]
-    assert calls[-1] == (1, 1, 18)
+    assert cache.features["answer"].lengths.tolist() == cache.features["tokens"].lengths.tolist()
+    assert calls[-1] == (1, 1, int(cache.features["tokens"].offsets[-1]))
 
 
 def test_a_cache_that_is_there_is_opened(tmp_path, numbers, monkeypatch):
