@@ -98,9 +98,20 @@ def kill_after_step(process: subprocess.Popen, out: Path, step: int) -> None:
     assert process.returncode == -signal.SIGKILL, output
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_killed_runs_resume_to_a_bitwise_equal_loss_trace(kills: int, tiny_settings: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kills", "is_mixed"),
+    [(1, True), pytest.param(5, True, marks=pytest.mark.slow), pytest.param(5, False, marks=pytest.mark.slow)],
+)
+def test_killed_runs_resume_to_a_bitwise_equal_loss_trace(
+    kills: int, is_mixed: bool, tiny_settings: list[str], corpus_file: Path, tmp_path: Path
+) -> None:
     settings = [*tiny_settings, "train.steps=40", "train.checkpoint_every=3", "train.eval_every=0"]
+    if is_mixed:  # with all that decides which examples are in a batch: two tasks, and several examples in a row
+        lines = corpus_file.read_text().splitlines()
+        rows = [{"src": line, "tgt": line.split()[-1]} for line in lines[:200]]
+        (tmp_path / "last.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        last = f"{{path: {tmp_path}/last.jsonl, objective: text_to_text, inputs: src, targets: tgt, rate: 1}}"
+        settings += [f"data.tasks=[{{path: {corpus_file}, rate: 3}}, {last}]", "data.packing=true"]
     reference, out = tmp_path / "reference", tmp_path / "killed"
     process = start(settings, reference)
     output = process.communicate(timeout=300)[0]
