@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from functools import cache
 from typing import Any
 
 import jax
@@ -31,8 +32,13 @@ VARIANTS = {
 }
 
 
+@cache
+def program(config: TransformerConfig, **options: Any) -> Any:
+    return jax.jit(build(config, **options).apply)
+
+
 def apply(config: TransformerConfig, params: Any, batch: Any, **options: Any) -> np.ndarray:
-    return np.asarray(jax.jit(build(config, **options).apply)({"params": params}, batch))
+    return np.asarray(program(config, **options)({"params": params}, batch))
 
 
 def paths(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
