@@ -44,7 +44,7 @@ class PartedSource(Protocol):
         ...
 
     def read(
-        self, index: int, on_skip: Callable[[str, str], None], columns: Sequence[str]
+        self, index: int, on_skip: Callable[[str, str], None], columns: Sequence[str], /
     ) -> Iterator[tuple[str, Record]]:
         """Yields where each record of a part is, and the record, of which only these columns are needed (none: all)."""
         ...

@@ -82,7 +82,7 @@ class Encoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Encoder:
+class _Encoder(Encoder):
     tokenizer: Tokenizer
 
     @functools.cached_property
@@ -120,7 +120,10 @@ class TextEncoder(_Encoder):
     column: str = "text"
     preprocessors: tuple[Preprocessor, ...] = ()
 
-    features = ("tokens",)
+    @property
+    def features(self) -> tuple[str, ...]:
+        """See `Encoder`."""
+        return ("tokens",)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -165,7 +168,10 @@ class PairEncoder(_Encoder):
     targets: str = "targets"
     prefix: str = ""
 
-    features = ("inputs", "targets")
+    @property
+    def features(self) -> tuple[str, ...]:
+        """See `Encoder`."""
+        return ("inputs", "targets")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -231,8 +237,15 @@ class ChatEncoder(_Encoder):
     template: ChatTemplate = ChatTemplate()
     preprocessors: tuple[Preprocessor, ...] = ()
 
-    features = ("tokens", "answer")
-    columns = ()
+    @property
+    def features(self) -> tuple[str, ...]:
+        """See `Encoder`."""
+        return ("tokens", "answer")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Encoder`."""
+        return ()
 
     def __post_init__(self) -> None:
         require_eos(self.tokenizer)
@@ -264,7 +277,9 @@ class ChatEncoder(_Encoder):
             yield Encoded((tokens, answers), texts[0], sum(map(len, texts)))
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Returns the ids after which the model answers: the conversation so far, up to the marker of the answer.
+        """Returns the ids after which a decoder alone answers: the conversation up to the marker of the answer.
+
+        As `Chat` has it in training, behind the prefix of the tokenizer's texts.
 
         Raises:
             InputError: a message without a role of the template and a text.
@@ -273,7 +288,7 @@ class ChatEncoder(_Encoder):
         ids = self.tokenizer.encode_batch([*(text for turn in turns for text in turn), rest + self.template.assistant])
         for answer in ids[1:-1:2]:
             answer.append(require_eos(self.tokenizer))
-        return [token for part in ids for token in part]
+        return [*self.tokenizer.prefix_ids, *(token for part in ids for token in part)]
 
     def _turns(self, where: str, messages: Any) -> tuple[list[tuple[str, str]], str]:
         """Returns (text before an answer, answer) pairs, and the text after the last answer."""

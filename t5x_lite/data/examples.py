@@ -254,7 +254,8 @@ class Records:
     def sizes(self) -> np.ndarray:
         """See `ExampleSet`."""
         if isinstance(self.objective, TextToText):
-            return self.objective.lengths(*self._lengths(), self.vocabulary)
+            inputs, targets = self._lengths()
+            return self.objective.lengths(inputs, targets, self.vocabulary)
         sizes = np.zeros((len(self), 2), np.int64)
         rng = np.random.default_rng(0)
         for index in range(len(self)):
@@ -266,8 +267,9 @@ class Records:
         """Returns how many inputs and how many targets are cut to fit; of conversations it is not counted."""
         if not isinstance(self.objective, TextToText):
             return 0, 0
-        inputs, targets = self.objective.truncated(*self._lengths(), self.vocabulary)
-        return int(inputs.sum()), int(targets.sum())
+        inputs, targets = self._lengths()
+        cut = self.objective.truncated(inputs, targets, self.vocabulary)
+        return int(cut[0].sum()), int(cut[1].sum())
 
     def _lengths(self) -> list[np.ndarray]:
         offsets = (feature.offsets for feature in self.source.features.values())

@@ -67,7 +67,7 @@ class Layout:
         input_length: tokens of the encoder's side; 0: there is no encoder.
         target_length: tokens of the decoder's side; 0: there is no decoder.
         pad_id: fills rows after their end.
-        decoder_start_id: the first decoder input of every example.
+        decoder_start_id: the first decoder input of an example that names none.
         positions: whether the batch has the position of each token in its example; without them a model counts for
             itself, from the segment ids.
         extras: which of the arrays below that only some objectives have the batch has, as attributes of `Example`.
@@ -113,7 +113,7 @@ class Layout:
             shifted = np.full((count, self.target_length), self.pad_id, np.int32)
             weights = np.zeros((count, self.target_length), np.float32)
             for index, start, end, example in self._places(rows, "targets"):
-                shifted[index, start] = self.decoder_start_id
+                shifted[index, start] = self.decoder_start_id if example.start is None else example.start
                 shifted[index, start + 1 : end] = targets[index, start : end - 1]
                 weights[index, start:end] = 1.0 if example.target_weights is None else example.target_weights
             batch |= {

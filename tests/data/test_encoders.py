@@ -226,9 +226,9 @@ def test_a_model_is_prompted_as_it_was_trained(tokenizer):
     tokens, answer = found.features
     assert len(tokens) == len(answer)
     last = len(answer) - answer[::-1].index(0)
-    assert list(tokens[:last]) == encoder.prompt(CHAT[:-1])
+    assert [*tokenizer.prefix_ids, *tokens[:last]] == encoder.prompt(CHAT[:-1])
     first = answer.index(1)
-    assert list(tokens[:first]) == encoder.prompt(CHAT[:2])
+    assert [*tokenizer.prefix_ids, *tokens[:first]] == encoder.prompt(CHAT[:2])
     assert list(tokens[last:]) == [*tokenizer.encode("4"), tokenizer.eos_id]
 
 

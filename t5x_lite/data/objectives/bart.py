@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from t5x_lite.data.objectives.example import Example, Sides, surround
+from t5x_lite.data.objectives.example import Example, Objective, Sides, surround
 from t5x_lite.data.objectives.sentences import sentence_bounds
 from t5x_lite.data.objectives.vocabulary import Vocabulary
 from t5x_lite.errors import InputError
@@ -175,7 +175,7 @@ class DocumentRotation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bart:
+class Bart(Objective):
     """BART's objective (Lewis et al. 2020, section 2.2): the inputs are the damaged text, the targets the original.
 
     Both are in the special tokens of the model. The default is what BART itself was trained on: its sentences permuted,

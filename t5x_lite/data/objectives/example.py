@@ -16,8 +16,9 @@ class Example:
 
     Attributes:
         inputs: what the encoder reads, special tokens included; None for a decoder alone.
-        targets: what the decoder says (it reads them shifted right behind the start token); None for an encoder alone.
+        targets: what the decoder says (it reads them shifted right behind `start`); None for an encoder alone.
         target_weights: how much each target counts in the loss, 0 on a prompt; None: all of them count 1.
+        start: what the decoder reads before the first target; None: the start token of the model.
         input_targets: for an encoder alone, what it should have read at each place of `inputs`.
         input_weights: how much each of these counts; 0 where nothing was asked.
         input_types: BERT's segment of each place of `inputs`: 0 for A, 1 for B. None: 0 everywhere.
@@ -27,6 +28,7 @@ class Example:
     inputs: np.ndarray | None = None
     targets: np.ndarray | None = None
     target_weights: np.ndarray | None = None
+    start: int | None = None
     input_targets: np.ndarray | None = None
     input_weights: np.ndarray | None = None
     input_types: np.ndarray | None = None
@@ -59,8 +61,8 @@ class Objective(Protocol):
         ...
 
     def separator(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        """Returns the ids that follow each text where texts are laid end to end."""
-        ...
+        """Returns the ids that follow each text where texts are laid end to end; T5's are followed by nothing."""
+        return ()
 
     def window(self, input_length: int, target_length: int | None, vocabulary: Vocabulary) -> int:
         """Returns the most tokens whose example surely fits in rows of these lengths; `None` is no limit.
@@ -78,7 +80,7 @@ class Objective(Protocol):
         """Raises InputError if the vocabulary lacks what examples of up to `raw` tokens need."""
         ...
 
-    def __call__(self, *arguments: Any) -> Example:
+    def __call__(self, *arguments: Any, **named: Any) -> Example:
         """Returns the example of the arrays that `arrays` names, a `numpy.random.Generator` and a `Vocabulary`."""
         ...
 

@@ -5,13 +5,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from t5x_lite.data.objectives.example import Example, Sides, append_eos
+from t5x_lite.data.objectives.example import Example, Objective, Sides, append_eos
 from t5x_lite.data.objectives.vocabulary import Vocabulary
 from t5x_lite.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalLM:
+class CausalLM(Objective):
     """Next-token prediction for a decoder alone: the targets are the tokens, all of them (GPT; T5's `full_lm`)."""
 
     sides: ClassVar[Sides] = "decoder"
@@ -40,7 +40,7 @@ class CausalLM:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixLM:
+class PrefixLM(Objective):
     """T5's prefix language modelling (Raffel et al. 2020, section 3.2.3; `t5.data.preprocessors.prefix_lm`).
 
     A text is split at a random point. An encoder-decoder reads what is before it and says what is after it, each with

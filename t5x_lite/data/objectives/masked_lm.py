@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from t5x_lite.data.objectives.example import Example, Sides, surround
+from t5x_lite.data.objectives.example import Example, Objective, Sides, surround
 from t5x_lite.data.objectives.vocabulary import Vocabulary
 from t5x_lite.errors import InputError
 
@@ -99,7 +99,7 @@ class Masking:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedLM:
+class MaskedLM(Objective):
     """Masked language modelling of running text, for an encoder alone (RoBERTa; BERT without its pairs).
 
     A window stands between the special tokens of the model, `<s> ... </s>` or `[CLS] ... [SEP]`. Texts are laid end to

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from t5x_lite.data.objectives.example import Example, Sides
+from t5x_lite.data.objectives.example import Example, Objective, Sides
 from t5x_lite.data.objectives.masked_lm import Masking, room_for
 from t5x_lite.data.objectives.sentences import sentence_bounds
 from t5x_lite.data.objectives.vocabulary import Vocabulary
@@ -13,7 +13,7 @@ from t5x_lite.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class NextSentence:
+class NextSentence(Objective):
     """Two segments A and B of whole sentences, as in BERT's `create_pretraining_data.py` (Devlin et al. 2019, 3.1).
 
     A is the beginning of a window, up to the end of a sentence that is drawn uniformly. B is the rest of it, or, half
@@ -43,10 +43,6 @@ class NextSentence:
         for name in ("random_rate", "short_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} {getattr(self, name)}: must be from 0 to 1")
-
-    def separator(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        """See `Objective.separator`."""
-        return ()
 
     def window(self, input_length: int, target_length: int | None, vocabulary: Vocabulary) -> int:
         """See `Objective.window`."""

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from t5x_lite.data.objectives.example import Example, Sides, append_eos
+from t5x_lite.data.objectives.example import Example, Objective, Sides, append_eos
 from t5x_lite.data.objectives.vocabulary import Vocabulary
 from t5x_lite.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanCorruption:
+class SpanCorruption(Objective):
     """T5's denoising objective (Raffel et al. 2020, section 3.1.4; `t5.data.preprocessors.span_corruption`).
 
     Spans of tokens are replaced in the inputs by one sentinel each; the targets are the sentinels, each followed by the
@@ -38,10 +38,6 @@ class SpanCorruption:
             raise InputError(f"noise_density {self.noise_density}: must be above 0 and at most 0.99")
         if not self.mean_span_length >= 1:
             raise InputError(f"mean_span_length {self.mean_span_length}: must be at least 1 token")
-
-    def separator(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        """See `Objective.separator`: nothing, as in T5."""
-        return ()
 
     def window(self, input_length: int, target_length: int | None, vocabulary: Vocabulary) -> int:
         """See `Objective.window`; `raw_length`, and less where `target_length` asks for it."""
@@ -145,7 +141,7 @@ class SpanCorruption:
 
 
 @dataclasses.dataclass(frozen=True)
-class IidDenoising:
+class IidDenoising(Objective):
     """T5's baseline objective (Raffel et al. 2020, section 3.1.4; `t5.data.preprocessors.iid_denoising`).
 
     Every token is replaced with the same probability, whatever becomes of its neighbours; tokens replaced in a row get
@@ -168,10 +164,6 @@ class IidDenoising:
     def __post_init__(self) -> None:
         if not 0 < self.noise_density < 1:
             raise InputError(f"noise_density {self.noise_density}: must be above 0 and below 1")
-
-    def separator(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        """See `Objective.separator`: nothing, as in T5."""
-        return ()
 
     def window(self, input_length: int, target_length: int | None, vocabulary: Vocabulary) -> int:
         """See `Objective.window`: all but the place of EOS, as in T5, because it may be that nothing is replaced."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from t5x_lite.data.objectives.example import Example, surround
+from t5x_lite.data.objectives.example import Example, Objective, surround
 from t5x_lite.data.objectives.language_modelling import PrefixLM
 from t5x_lite.data.objectives.span_corruption import SpanCorruption
 from t5x_lite.data.objectives.vocabulary import Vocabulary
@@ -53,7 +53,7 @@ MODE_TOKENS: Mapping[Mode, str] = {"R": "[NLU]", "X": "[NLG]", "S": "[S2S]"}
 
 
 @dataclasses.dataclass(frozen=True)
-class UL2:
+class UL2(Objective):
     """UL2's objective (Tay et al. 2022, section 3.1 and table 1).
 
     The sequential denoiser is T5's prefix language modelling with a quarter of the text to say on average; the paper's
@@ -89,10 +89,6 @@ class UL2:
     def joined(self) -> bool:
         """See `Objective.joined`: as for T5's span corruption."""
         return True
-
-    def separator(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        """See `Objective.separator`: nothing, as in T5."""
-        return ()
 
     def window(self, input_length: int, target_length: int | None, vocabulary: Vocabulary) -> int:
         """See `Objective.window`: what fits whichever denoiser is drawn."""
