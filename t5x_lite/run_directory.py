@@ -5,10 +5,12 @@ is written anew; from then on configuration, tokenizer and data are fixed, becau
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from t5x_lite.config import RunConfig, flatten, resolve, save
+from t5x_lite.config import RunConfig, TaskConfig, flatten, resolve, save
 from t5x_lite.errors import InputError
 
 UNREADABLE = ".unreadable"  # suffix of a damaged checkpoint that was set aside
@@ -21,6 +23,9 @@ MAY_CHANGE = (
     "data.path",  # files may move; what is in them may not change, which the fingerprint tells
     "data.eval_path",
     "data.split",
+    "data.cache_dir",
+    "data.data_dir",
+    "data.workers",
     "train.steps",
     "train.log_every",
     "train.eval_every",
@@ -87,7 +92,7 @@ def check_same_run(out: Path, config: RunConfig, fingerprint: str) -> list[str]:
     old = flatten(resolve(out / "config.yaml").config)
     new = flatten(config)
     for key, value in new.items():
-        if key not in MAY_CHANGE and old[key] != value:
+        if key not in MAY_CHANGE and _placeless(old[key]) != _placeless(value):
             raise InputError(
                 f"out={out} holds a run with {key}={old[key]}, not {value}; give another out= for another run"
             )
@@ -107,6 +112,13 @@ def check_same_run(out: Path, config: RunConfig, fingerprint: str) -> list[str]:
             " schedule now ends there, and the steps made so far followed the old one"
         ]
     return []
+
+
+def _placeless(value: Any) -> Any:
+    """Returns the value of a key, `data.tasks` without the places of their files, as `data.path` may change."""
+    if not (isinstance(value, tuple) and any(isinstance(task, TaskConfig) for task in value)):
+        return value
+    return [dataclasses.replace(task, path="anywhere", eval_path="") for task in value]
 
 
 def record(out: Path, config: RunConfig, fingerprint: str) -> None:
