@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -362,6 +363,17 @@ def prefetch(
         for step, result in iterator:
             if isinstance(result, _Failure):
                 raise result.error
-            yield step, result
+            yield step, _copied(result) if workers else result
     finally:
         iterator.close()
+        if workers:
+            # What was read ahead is held by cycles, and its shared memory would be missed at the end of the program.
+            iterator = batches = result = None
+            gc.collect()
+
+
+def _copied(result: Any) -> Any:
+    """Returns a result whose arrays are in this process's own memory, which may be kept without end."""
+    if isinstance(result, dict):
+        return {name: _copied(value) for name, value in result.items()}
+    return np.array(result) if isinstance(result, np.ndarray) else result

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -163,6 +164,16 @@ for step in range(STEPS):
     assert done.stdout.splitlines() == [
         " ".join(map(digest, batches)) for batches in zip(*read(0).values(), strict=True)
     ]
+
+
+def test_worker_processes_leave_no_shared_memory_behind(directory: Path) -> None:
+    def shared() -> int:
+        return sum(type(thing).__name__ == "SharedMemoryArray" for thing in gc.get_objects())
+
+    before = shared()
+    batches = [batch for _, batch in prefetch(mixed(directory).loader(0), 0, 12, workers=1)]
+    assert shared() == before
+    assert {type(array) for batch in batches for array in batch.values()} == {np.ndarray}
 
 
 @pytest.mark.parametrize("start", [1, 17])
