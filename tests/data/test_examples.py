@@ -171,8 +171,10 @@ def test_records_are_all_of_the_pairs(sides: Any) -> None:
         example: Any = records(index, RNG)[0]
         said, asked = targets[number], inputs[number]
         if sides == "decoder":
-            room = 6 - len(said[:5]) - 1
-            assert example.targets.tolist() == [*asked[:room], *said[:5], EOS]
+            room = 6 - len(said[:5])  # what is read before the first target is no part of the row
+            row = [*asked[:room], *said[:5], EOS]
+            start = [] if example.start is None else [example.start]
+            assert ([*start, *example.targets.tolist()], len(start)) == (row, len(asked[:room]) > 0)
             cut = [cut[0] + (len(asked) > room), cut[1] + (len(said) > 5)]
         else:
             assert (example.inputs.tolist(), example.targets.tolist()) == ([*asked[:6], EOS], [*said[:5], EOS])
