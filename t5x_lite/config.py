@@ -162,6 +162,8 @@ class DataConfig:
         ):
             if getattr(self, one) and getattr(self, other):
                 raise InputError(f"data.{one} and data.{other} exclude each other; leave one of them out")
+        if not (self.path or self.task or self.tasks):
+            raise InputError("data.path is empty; give it files, or give data.task or data.tasks")
         if self.task and self.tasks:
             raise InputError(f"data.task={self.task} and data.tasks exclude each other; put the task into the list")
 
@@ -401,13 +403,26 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     try:
         return pydantic.TypeAdapter(RunConfig).validate_python(nested)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, InputError):
-            raise InputError(str(cause)) from None
-        key = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise InputError(f"{key}='{first['input']}': {reason}") from None
+        cause = error.errors()[0].get("ctx", {}).get("error")
+        raise InputError(str(cause) if isinstance(cause, InputError) else _explained(error.errors())) from None
+
+
+def _explained(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Returns one line about the first of pydantic's errors."""
+    first = errors[0]
+    *parents, last = map(str, first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        allowed = [item.name for item in fields(TaskConfig)]
+        hint = nearest(last, allowed)
+        return f"unknown key '{last}' in {'.'.join(parents)}; allowed: {', '.join(allowed)}{hint}"
+    if last in ("str", "float"):  # one of the types that the key allows, and each of them reports
+        errors = [error for error in errors if error["loc"][:-1] == first["loc"][:-1]]
+    else:
+        parents, errors = [*parents, last], [first]
+    wanted = " or ".join(error["msg"].removeprefix("Input should be ") for error in errors)
+    for theirs, ours in (("tuple", "list"), ("dictionary", "mapping"), (" or an instance of TaskConfig", "")):
+        wanted = wanted.replace(theirs, ours)
+    return f"{'.'.join(parents)}='{first['input']}': input should be {wanted}"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
