@@ -107,13 +107,20 @@ class LanguageModel:
         return GenerationConfig.from_settings(settings, self.generation)
 
     def generate(
-        self, texts: Sequence[str], *, batch_size: int = 32, draft: "LanguageModel | None" = None, **settings: Any
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = 32,
+        max_input_tokens: int | None = None,
+        draft: "LanguageModel | None" = None,
+        **settings: Any,
     ) -> list[str]:
         """Returns an answer to each text, or where the model is a decoder alone its continuation.
 
         Args:
           texts: inputs; their number and lengths are padded up to powers of two, so that few shapes are compiled.
           batch_size: texts that are decoded together.
+          max_input_tokens: a text of more, special ones counted, is cut at its end, as in training; None: none is.
           draft: a smaller model of the same vocabulary, whose proposals this one checks: the same answers, sooner.
           **settings: fields of `GenerationConfig`, such as `max_new_tokens=64`, over the checkpoint's own. With
             `num_return_sequences` there are that many answers to a text, one after the other.
@@ -121,7 +128,9 @@ class LanguageModel:
         Raises:
           InputError: a setting that is not allowed, or a text that is too long or, where it is the prompt, empty.
         """
-        answers = self.generate_scored(texts, batch_size=batch_size, draft=draft, **settings)
+        answers = self.generate_scored(
+            texts, batch_size=batch_size, max_input_tokens=max_input_tokens, draft=draft, **settings
+        )
         return [answer.text for several in answers for answer in several]
 
     def generate_scored(
@@ -129,6 +138,7 @@ class LanguageModel:
         texts: Sequence[str],
         *,
         batch_size: int = 32,
+        max_input_tokens: int | None = None,
         row_ids: Sequence[int] | None = None,
         draft: "LanguageModel | None" = None,
         **settings: Any,
@@ -138,6 +148,7 @@ class LanguageModel:
         Args:
           texts: as `generate`.
           batch_size: as `generate`.
+          max_input_tokens: as `generate`.
           row_ids: a number for each text, by default 0, 1, ...: what is sampled for it depends on the seed and on this
             number, not on the texts beside it.
           draft: as `generate`.
@@ -147,7 +158,9 @@ class LanguageModel:
         _check_at_least_one("batch_size", batch_size)
         tokenizer = self.require_tokenizer()
         config = self.generation_config(**settings)
-        inputs = [self._input(text, config) for text in texts]
+        if max_input_tokens is not None:
+            _check_at_least_one("max_input_tokens", max_input_tokens)
+        inputs = [self._input(text, config, max_input_tokens) for text in texts]
         numbers = _row_numbers(row_ids, len(texts))
         # Texts of like length are decoded together.
         order = sorted(range(len(texts)), key=lambda index: len(inputs[index]))
@@ -337,15 +350,17 @@ class LanguageModel:
                 yield sure[len(given) :]
                 given = sure
 
-    def _framed(self, text: str, is_target: bool = False) -> list[int]:
+    def _framed(self, text: str, is_target: bool = False, limit: int | None = None) -> list[int]:
         tokenizer = self.require_tokenizer()
         prefix, suffix = tokenizer.target_affixes if is_target else (tokenizer.prefix_ids, tokenizer.suffix_ids)
-        return [*prefix, *tokenizer.encode(text), *suffix]
+        room = None if limit is None else max(limit - len(prefix) - len(suffix), 0)
+        return [*prefix, *tokenizer.encode(text)[:room], *suffix]
 
-    def _input(self, text: str, config: GenerationConfig) -> list[int]:
+    def _input(self, text: str, config: GenerationConfig, limit: int | None = None) -> list[int]:
         _check_texts("generate", [text])
         self._check_generates()
-        tokens = self._framed(text) if self.config.num_encoder_layers else self._prompt(text)
+        has_encoder = bool(self.config.num_encoder_layers)
+        tokens = self._framed(text, limit=limit) if has_encoder else self._prompt(text)[:limit]
         self._check_ids(tokens)
         source, prompt = (len(tokens), 1) if self.config.num_encoder_layers else (0, len(tokens))
         self._check_lengths(source, prompt, config)

@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     for task in data.tasks:
         examples = list(recipe.pairs(task, config.data, config.data.split))
         if examples:
-            found = generation_metrics(lm, examples, dataset.target_length, task.metrics, task.labels)
+            most = dataset.input_length or dataset.target_length
+            found = generation_metrics(
+                lm, examples, dataset.target_length, task.metrics, task.labels, max_input_tokens=most
+            )
             several = len(data.tasks) > 1
             metrics |= {f"{task.name}/{name}" if several else name: value for name, value in found.items()}
     result = {"checkpoint": str(lm.checkpoint), "split": config.data.split, **metrics}

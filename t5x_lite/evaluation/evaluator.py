@@ -84,25 +84,34 @@ def generation_metrics(
     metrics: Sequence[str] = (),
     labels: Sequence[str] = (),
     batch_size: int = 32,
+    max_input_tokens: int | None = None,
 ) -> dict[str, float]:
     """Returns `exact_match`, the share of targets that greedy generation reproduces, and what a task measures beside.
 
     Args:
       lm: a `LanguageModel`.
       examples: ((inputs, targets), record), as `data.recipe.pairs` yields them; the record is for the metrics.
-      max_new_tokens: as many as the longest target needs, EOS included.
+      max_new_tokens: the most that a target may need, EOS included; fewer if the longest one here needs fewer.
       metrics: further ones, by name; see `metrics.task_metrics`.
       labels: the classes, for metrics that count by class.
       batch_size: inputs decoded together.
+      max_input_tokens: longer inputs are cut, as in training; of a decoder alone, inputs and targets together.
 
     Raises:
       InputError: a metric that is not there.
     """
     check_metrics(metrics)
     inputs, targets = [pair[0] for pair, _ in examples], [pair[1] for pair, _ in examples]
-    outputs = lm.generate(inputs, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    # As the tokenizer writes them: no model can produce a character or a space that its vocabulary does not keep.
     tokenizer = lm.require_tokenizer()
-    written = [tokenizer.decode(tokenizer.encode(target)) for target in targets]
+    ids = tokenizer.encode_batch(targets)
+    special = max(sum(map(len, tokenizer.target_affixes)), 1)
+    max_new_tokens = min(max_new_tokens, max(map(len, ids)) + special)
+    if max_input_tokens is not None and not lm.config.num_encoder_layers:
+        max_input_tokens = max(max_input_tokens + 1 - max_new_tokens, 1)  # the last token is not read
+    outputs = lm.generate(
+        inputs, max_new_tokens=max_new_tokens, batch_size=batch_size, max_input_tokens=max_input_tokens
+    )
+    # As the tokenizer writes them: no model can produce a character or a space that its vocabulary does not keep.
+    written = [tokenizer.decode(tokens) for tokens in ids]
     found = task_metrics(metrics, outputs, [record for _, record in examples], labels) if metrics else {}
     return {"exact_match": exact_match(outputs, written), **found}

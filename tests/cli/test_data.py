@@ -93,6 +93,20 @@ def test_a_mixture_is_evaluated_task_by_task(t5x, tmp_path: Path) -> None:
     assert mean == pytest.approx(found["loss"], rel=1e-5)  # sums in float32, in another order
 
 
+def test_inputs_that_were_cut_in_training_are_cut_in_evaluation(t5x, tmp_path: Path) -> None:
+    path, rows = tmp_path / "my.jsonl", []
+    for n in range(40):
+        rows.append({"src": f"the number {n}" + " and so on" * (n % 4), "tgt": f"{n}"})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    small = ("model.num_decoder_layers=1", "model.max_positions=32")  # as many as a row has tokens
+    settings = (f"data.path={path}", "data.inputs=src", "data.targets=tgt", "train.steps=1", f"out={tmp_path / 'run'}")
+    status, _, err = t5x("train", "model=gpt2", *TINY, *small, *settings)
+    assert status == 0, err
+    status, text, err = t5x("eval", tmp_path / "run", "data.split=train", "--json")
+    assert status == 0, err
+    assert 0 <= json.loads(text)["exact_match"] <= 1
+
+
 def test_an_encoder_learns_from_a_text_file(t5x, corpus_file: Path, tmp_path: Path) -> None:
     settings = (*BERT, f"data.path={corpus_file}", "data.noise_density=0.4", f"out={tmp_path / 'run'}")
     status, text, err = t5x("train", *settings, "train.steps=30", "optimizer.schedule=constant", "--json")

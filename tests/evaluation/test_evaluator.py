@@ -11,6 +11,7 @@ from t5x_lite.data.pipeline import text_dataset, text_to_text_dataset
 from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.evaluator import evaluate, generation_metrics, target_texts
+from t5x_lite.models.config import TransformerConfig
 from t5x_lite.training.losses import LossSums
 
 
@@ -67,8 +68,13 @@ def test_exact_match_is_of_what_the_tokenizer_can_write() -> None:
         def require_tokenizer(self) -> ByteTokenizer:
             return self.Lower()
 
-        def generate(self, texts: list[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
-            assert max_new_tokens == 5
+        def __init__(self, layers: int = 1) -> None:
+            self.config = TransformerConfig(num_encoder_layers=layers)
+
+        def generate(
+            self, texts: list[str], *, max_new_tokens: int, batch_size: int, max_input_tokens: int | None
+        ) -> list[str]:
+            self.asked = max_new_tokens, max_input_tokens
             return texts
 
     pairs = [("yes", "Yes"), ("no", "no"), ("maybe", "never"), ("x", "X")]
@@ -78,3 +84,8 @@ def test_exact_match_is_of_what_the_tokenizer_can_write() -> None:
     assert generation_metrics(Echo(), examples, 5, ["accuracy"]) == {"exact_match": 0.75, "accuracy": 0.25}
     with pytest.raises(InputError, match="bleu"):
         generation_metrics(Echo(), examples, 5, ["bleu"])
+    # As long as rows and targets need: "never" and EOS are 6 tokens.
+    for layers, most, asked in ((1, 9, (6, 9)), (0, 9, (6, 4)), (0, 3, (6, 1)), (0, None, (6, None))):
+        lm = Echo(layers)
+        generation_metrics(lm, examples, max_new_tokens=50, max_input_tokens=most)
+        assert lm.asked == asked
