@@ -164,8 +164,9 @@ class DataConfig:
                 raise InputError(f"data.{one} and data.{other} exclude each other; leave one of them out")
         if not (self.path or self.task or self.tasks):
             raise InputError("data.path is empty; give it files, or give data.task or data.tasks")
-        if self.task and self.tasks:
-            raise InputError(f"data.task={self.task} and data.tasks exclude each other; put the task into the list")
+        for name in ("task", "path", "eval_path") if self.tasks else ():
+            if getattr(self, name) != getattr(DataConfig, name):
+                raise InputError(f"data.{name}={getattr(self, name)} and data.tasks exclude each other; put it there")
 
 
 @dataclass(frozen=True)

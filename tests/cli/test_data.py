@@ -213,6 +213,8 @@ def write_all(folder: Path) -> None:
         (["data.path=missing-*.txt"], ["missing-*.txt"]),
         (["data.path=good.jsonl", "data.text=src", "data.max_record_bytes=20"], ["good.jsonl:1", "20"]),
         (["data.path="], ["data.path is empty"]),
+        (["data.tasks=[{path: good.jsonl}]", "data.path=x.txt"], ["data.path=x.txt and data.tasks exclude each other"]),
+        (["data.tasks=[{path: good.jsonl}]", "data.eval_path=x"], ["data.eval_path=x and data.tasks exclude"]),
         (["data.path=[a, b]"], ["data.path='['a', 'b']': input should be a valid string or a valid mapping"]),
         (["data.buckets=64"], ["data.buckets='64': input should be a valid list"]),
         (["data.tasks=[3]"], ["data.tasks.0='3': input should be a mapping"]),
