@@ -113,6 +113,8 @@ class Layout:
             shifted = np.full((count, self.target_length), self.pad_id, np.int32)
             weights = np.zeros((count, self.target_length), np.float32)
             for index, start, end, example in self._places(rows, "targets"):
+                if start == end:  # nothing to say, and so no place for a start token
+                    continue
                 shifted[index, start] = self.decoder_start_id if example.start is None else example.start
                 shifted[index, start + 1 : end] = targets[index, start : end - 1]
                 weights[index, start:end] = 1.0 if example.target_weights is None else example.target_weights
