@@ -159,8 +159,8 @@ def test_several_answers_to_each_text(lm: LanguageModel) -> None:
 @pytest.mark.parametrize("tokens_at_once", [1, 3, 100])
 def test_streamed_pieces_are_the_answer(lm: LanguageModel, tokens_at_once: int) -> None:
     for text in TEXTS:
-        pieces = list(lm.stream(text, max_new_tokens=9, tokens_at_once=tokens_at_once))
-        assert "".join(pieces) == lm.generate([text], max_new_tokens=9)[0]
+        pieces = list(lm.stream(text, max_new_tokens=8, tokens_at_once=tokens_at_once))
+        assert "".join(pieces) == lm.generate([text], max_new_tokens=8)[0]
         assert all(pieces)
         assert len(pieces) > 1 or tokens_at_once > 1
     sampled = {"max_new_tokens": 6, "do_sample": True}
@@ -168,11 +168,11 @@ def test_streamed_pieces_are_the_answer(lm: LanguageModel, tokens_at_once: int) 
 
 
 def test_a_stop_string_ends_the_answer(lm: LanguageModel) -> None:
-    whole = lm.generate(TEXTS, max_new_tokens=10)
+    whole = lm.generate(TEXTS, max_new_tokens=8)
     # Two characters that stand in the middle of an answer, over the border of two tokens or not.
     index, text = next((n, text) for n, text in enumerate(whole) if len(text.strip()) > 6)
     stop = text[3:5]
-    stopped = lm.generate(TEXTS, max_new_tokens=10, stop_strings=[stop])
+    stopped = lm.generate(TEXTS, max_new_tokens=8, stop_strings=[stop])
     assert stop in stopped[index]
     assert len(stopped[index]) < len(text)
     assert all(full.startswith(short) for short, full in zip(stopped, whole, strict=True))
