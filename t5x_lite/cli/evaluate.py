@@ -78,8 +78,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_given_data(resolved: Resolved) -> RunConfig:
     # Whoever names a file here wants all of it evaluated, not the part that a training run would have held out.
-    config = resolved.config
+    data = resolved.config.data
     given = [key for key in ("data.path", "data.eval_path") if resolved.origins[key] == "command line"]
     if given == ["data.path"]:
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=config.data.path))
-    return config
+        data = dataclasses.replace(data, eval_path=data.path)
+    if data.eval_path and data.split == "validation":
+        # Not the data of the training, which may be large, or on another machine.
+        data = dataclasses.replace(data, path=data.eval_path)
+    return dataclasses.replace(resolved.config, data=data)

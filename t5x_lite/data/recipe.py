@@ -198,11 +198,11 @@ def _member(entry: TaskConfig) -> Task | Mixture:
         return Task(name, entry.path, eval_source=entry.eval_path or None)
     member = published_tasks.find(entry.task)
     if isinstance(member, Mixture):
-        if entry.path:
-            raise InputError(f"'{entry.task}' is a mixture; only a single task can be given a path")
+        if entry.path or entry.eval_path:
+            raise InputError(f"'{entry.task}' is a mixture; only a single task can be given files")
         return member
-    if entry.path:
-        member = member.with_source(entry.path, entry.eval_path or None)
+    if entry.path or entry.eval_path:
+        member = member.with_source(entry.path or member.source, entry.eval_path or None)
     return dataclasses.replace(member, name=entry.name) if entry.name else member
 
 

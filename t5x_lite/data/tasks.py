@@ -54,7 +54,7 @@ class Task:
         return hash(self.name)
 
     def with_source(
-        self, source: str | Mapping[str, Any], eval_source: str | Mapping[str, Any] | None = None
+        self, source: str | Mapping[str, Any] | None, eval_source: str | Mapping[str, Any] | None = None
     ) -> "Task":
         """Returns this task on other data with the same columns, a local file for one."""
         return dataclasses.replace(self, source=source, eval_source=eval_source)

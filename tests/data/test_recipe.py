@@ -330,7 +330,7 @@ def test_objectives_by_name(tmp_path: Path, settings: tuple[str, ...], packing: 
         ((T5, "data.streaming=true"), "data.streaming holds nothing out: give data.eval_path for text"),
         ((T5, "data.path=-"), "the standard input can be read only once"),
         ((T5, "data.task=glue_sst"), "glue_sst2"),
-        ((T5, "data.task=glue", "data.path=a.txt"), "'glue' is a mixture; only a single task can be given a path"),
+        ((T5, "data.task=glue", "data.path=a.txt"), "'glue' is a mixture; only a single task can be given files"),
         ((T5, "data.tasks=[{rate: 2}]"), "needs a task or a path"),
         ((T5, "data.tasks=[{path: text.txt, rate: 0}]"), "all its rates are 0"),
         ((T5, "data.tasks=[{path: text.txt, rat: 1}]"), "rat"),
@@ -376,6 +376,15 @@ def test_tokens_are_cached_where_the_configuration_says(tmp_path: Path) -> None:
 
 def shout(record: dict[str, Any]) -> dict[str, Any]:
     return {"inputs": record["q"].upper(), "targets": record["a"]}
+
+
+def test_a_published_task_is_evaluated_on_the_file_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(recipe, "open_records", lambda source, data: opened.append(source))
+    recipe.open_data(config_of("data.task=glue_sst2", "data.eval_path=dev.jsonl").data)
+    assert opened == ["tfds:glue/sst2:train", "dev.jsonl"]
+    with pytest.raises(InputError, match="'glue' is a mixture; only a single task can be given files"):
+        recipe.open_data(config_of("data.task=glue", "data.eval_path=dev.jsonl").data)
 
 
 def test_tasks_of_one_s_own(tmp_path: Path) -> None:
