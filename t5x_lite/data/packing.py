@@ -39,6 +39,9 @@ def first_fit(sizes: np.ndarray, capacity: Sequence[int]) -> tuple[np.ndarray, n
     if (too_large := np.flatnonzero((sizes > room).any(axis=1))).size:
         example = sizes[too_large[0]].tolist()
         raise InputError(f"an example of {example} tokens does not fit in a row of {room.tolist()}")
+    # Where the two smallest do not fit together, none do: of a decoder's windows, each a row, there may be millions.
+    if len(sizes) < 2 or (np.partition(sizes, 1, axis=0)[:2].sum(axis=0) > room).any():
+        return np.arange(len(sizes)), np.arange(len(sizes) + 1)
     row_of = np.empty(len(sizes), np.int64)
     # One column a row, used as a ring: what is open stands in the columns of the last OPEN_ROWS rows.
     free = np.full((len(room), OPEN_ROWS), -1, np.int64)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -138,9 +139,9 @@ class Dataset:
         The last batch is filled up with rows of padding, whose loss weights are 0.
         """
         share = self._share(process_index, process_count)
-        places = [(index, row) for index in range(len(self.components)) for row in range(self._rows_of(index))]
-        for start in range(0, len(places), self.batch_size):
-            mine = places[start + share.start : start + share.stop]
+        places = ((index, row) for index in range(len(self.components)) for row in range(self._rows_of(index)))
+        while batch := list(itertools.islice(places, self.batch_size)):
+            mine = batch[share.start : share.stop]
             yield self.layout([self._row(index, row, 0, order.EVAL) for index, row in mine], len(share))
 
     def component(self, index: int) -> "Dataset":

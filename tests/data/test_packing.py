@@ -36,8 +36,9 @@ def plain_first_fit(sizes, capacity, open_rows):
 def test_first_fit_is_first_fit(monkeypatch, open_rows):
     monkeypatch.setattr(packing, "OPEN_ROWS", open_rows)
     rng = np.random.default_rng(0)
-    for count in (0, 1, 7, 300):
-        sizes = np.stack([rng.integers(0, 30, count), rng.integers(1, 12, count)], axis=1)
+    drawn = [np.stack([rng.integers(0, 30, count), rng.integers(1, 12, count)], axis=1) for count in (0, 1, 7, 300)]
+    # And a decoder's windows, with the last of them as long as fits beside none, or beside another short one.
+    for sizes in (*drawn, np.array([[0, 16]] * 9 + [[0, 3]]), np.array([[0, 16]] * 9 + [[0, 3], [0, 13]])):
         order, starts = first_fit(sizes, (40, 16))
         rows = [order[a:b].tolist() for a, b in itertools.pairwise(starts)]
         assert rows == plain_first_fit(sizes.tolist(), (40, 16), open_rows)
