@@ -101,7 +101,8 @@ def _look_up(name: str, published: Mapping[str, T], kind: str) -> T:
     name = ALIASES.get(name, name)
     if name not in published:
         names = [*published, *(alias for alias, of in ALIASES.items() if of in published)]
-        raise InputError(f"no published {kind} is called '{name}'{nearest(name, names)}")
+        hint = nearest(name, names) or f"; there are {', '.join(names)}"
+        raise InputError(f"no published {kind} is called '{name}'{hint}")
     return published[name]
 
 

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import time
@@ -150,7 +151,8 @@ def open_cache(directory: str | Path, tokenizer: Tokenizer | str | None = None, 
 
 def is_cache(directory: str | Path) -> bool:
     """Returns whether there is a token cache, complete or not usable, in a directory."""
-    return (Path(directory).expanduser() / _INDEX).is_file()
+    # Not Path.is_file, which raises for a directory that may not be looked into, or a name that is too long.
+    return os.path.isfile(os.path.expanduser(os.path.join(directory, _INDEX)))
 
 
 def _damaged(directory: Path, reason: str) -> InputError:

@@ -214,6 +214,7 @@ def write_all(folder: Path) -> None:
         (["data.path=cut.jsonl.gz", "data.inputs=src", "data.targets=tgt"], ["cut.jsonl.gz"]),
         (["data.path=image.png"], ["image.png", ".jsonl"]),
         (["data.path=missing-*.txt"], ["missing-*.txt"]),
+        ([f"data.path={'x' * 300}.txt"], ["no file matches 'xxx"]),
         (["data.path=good.jsonl", "data.text=src", "data.max_record_bytes=20"], ["good.jsonl:1", "20"]),
         (["data.path="], ["data.path is empty"]),
         (["data.tasks=[{path: good.jsonl}]", "data.path=x.txt"], ["data.path=x.txt and data.tasks exclude each other"]),
@@ -226,6 +227,7 @@ def write_all(folder: Path) -> None:
         (["data.tasks=[{path: good.jsonl, rate: 0}]", "data.text=src"], ["ever drawn"]),
         (["data.path=tfds:no_such_set:train"], ["no_such_set", "download_and_prepare"]),
         (["data.task=glue_sst2"], ["glue/sst2", "download_and_prepare"]),
+        (["data.task=wmt"], ["no published task or mixture is called 'wmt'; there are", "glue_cola", "super_glue"]),
         (["data.task=glue_sst3"], ["glue_sst3", "did you mean 'glue_sst2'"]),
     ],
 )
