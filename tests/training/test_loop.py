@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -98,33 +101,48 @@ def kill_after_step(process: subprocess.Popen, out: Path, step: int) -> None:
     assert process.returncode == -signal.SIGKILL, output
 
 
+KILLED_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_settings: list[str], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[bool], tuple[list[str], dict[int, float]]]:
+    """A function `is_mixed -> (settings, losses)` of a run that nothing ends early."""
+
+    @cache
+    def run(is_mixed: bool) -> tuple[list[str], dict[int, float]]:
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        settings = [*tiny_settings, f"train.steps={KILLED_STEPS}", "train.checkpoint_every=3", "train.eval_every=0"]
+        if is_mixed:  # with all that decides which examples are in a batch: two tasks, and several examples in a row
+            lines = corpus_file.read_text().splitlines()
+            rows = [{"src": line, "tgt": line.split()[-1]} for line in lines[:200]]
+            (folder / "last.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            last = f"{{path: {folder}/last.jsonl, objective: text_to_text, inputs: src, targets: tgt, rate: 1}}"
+            settings.remove(f"data.path={corpus_file}")
+            settings += [f"data.tasks=[{{path: {corpus_file}, rate: 3}}, {last}]", "data.packing=true"]
+        train(resolve(None, [*settings, f"out={folder / 'run'}"]).config)
+        return settings, losses(folder / "run")
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("kills", "is_mixed"),
     [(1, True), pytest.param(5, True, marks=pytest.mark.slow), pytest.param(5, False, marks=pytest.mark.slow)],
 )
 def test_killed_runs_resume_to_a_bitwise_equal_loss_trace(
-    kills: int, is_mixed: bool, tiny_settings: list[str], corpus_file: Path, tmp_path: Path
+    kills: int, is_mixed: bool, uninterrupted: Any, tmp_path: Path
 ) -> None:
-    settings = [*tiny_settings, "train.steps=40", "train.checkpoint_every=3", "train.eval_every=0"]
-    if is_mixed:  # with all that decides which examples are in a batch: two tasks, and several examples in a row
-        lines = corpus_file.read_text().splitlines()
-        rows = [{"src": line, "tgt": line.split()[-1]} for line in lines[:200]]
-        (tmp_path / "last.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        last = f"{{path: {tmp_path}/last.jsonl, objective: text_to_text, inputs: src, targets: tgt, rate: 1}}"
-        settings += [f"data.tasks=[{{path: {corpus_file}, rate: 3}}, {last}]", "data.packing=true"]
-    reference, out = tmp_path / "reference", tmp_path / "killed"
-    process = start(settings, reference)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-
+    settings, wanted = uninterrupted(is_mixed)
     rng = random.Random(kills)
-    for step in sorted(rng.sample(range(2, 40), kills)):
-        kill_after_step(start(settings, out), out, step)
-    process = start(settings, out)
+    for step in sorted(rng.sample(range(2, KILLED_STEPS), kills)):
+        kill_after_step(start(settings, tmp_path), tmp_path, step)
+    process = start(settings, tmp_path)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert losses(out) == losses(reference)
-    assert sorted(losses(out)) == list(range(1, 41))
+    assert losses(tmp_path) == wanted
+    assert sorted(wanted) == list(range(1, KILLED_STEPS + 1))
 
 
 def test_resumes_from_the_last_good_checkpoint_and_says_so(
@@ -324,6 +342,7 @@ def test_fewer_steps_than_were_made_is_an_error(tiny_settings: list[str], traine
 
 def test_a_schedule_that_ends_elsewhere_is_mentioned(tiny_settings: list[str], tmp_path: Path) -> None:
     linear = [*tiny_settings, f"out={tmp_path}", "optimizer.schedule=linear", "optimizer.warmup_steps=1"]
+    linear += ["train.eval_every=0"]
     train(resolve(None, [*linear, "train.steps=3"]).config)
     notes = Notes()
     train(resolve(None, [*linear, "train.steps=4"]).config, notes)
@@ -394,8 +413,14 @@ def test_a_decoder_of_one_s_own_trains_on_a_text_file(tiny_settings: list[str], 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model=gpt2"], "span_corruption needs an encoder and a decoder; the model, of family gpt, has 0 encoder"),
-        (["model=bert-base-uncased"], "needs an encoder and a decoder; .* 0 decoder layers"),
+        (
+            ["model=gpt2", "data.objective=span_corruption"],
+            "span_corruption needs an encoder and a decoder; the model, of family gpt, has 0 encoder",
+        ),
+        (
+            ["model=bert-base-uncased", "data.objective=span_corruption"],
+            "an encoder and a decoder; .* 0 decoder layers",
+        ),
         (["data.objective=causal_lm"], "causal_lm needs a decoder and no encoder; the model, of family t5"),
         (["model=gpt2", "data.objective=causal_lm", "train.input_length=1025"], "1025 tokens .* 1024 positions"),
     ],
