@@ -112,7 +112,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def read(directory: Path) -> Any:
+def read(directory: Path) -> Iterator[Any]:
     """A function `workers -> {dataset: batches of all steps}`."""
 
     @functools.cache
@@ -121,7 +121,10 @@ def read(directory: Path) -> Any:
         assert [step for step, _ in steps] == list(range(STEPS))
         return {name: [batches[name] for _, batches in steps] for name in steps[0][1]}
 
-    return batches
+    # The processes import what reads several datasets at a time from here.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])
+        yield batches
 
 
 # --- the same batches, whoever reads them ---------------------------------------------------------------------------
