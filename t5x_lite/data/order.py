@@ -79,7 +79,10 @@ class Mixing:
 
     def __call__(self, places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the components of the rows at `places` and their places among the rows of their components, int64."""
-        cycles, within = np.divmod(np.asarray(places, np.int64), sum(self.counts))
+        places = np.asarray(places, np.int64)
+        if len(self.counts) == 1:
+            return np.zeros_like(places), places
+        cycles, within = np.divmod(places, sum(self.counts))
         components, positions = np.empty_like(within), np.empty_like(within)
         for cycle in np.unique(cycles).tolist():
             here = cycles == cycle
@@ -89,11 +92,10 @@ class Mixing:
         return components, cycles * np.asarray(self.counts)[components] + positions
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the component of each row of a cycle, and how many rows of that component come before it."""
-    size = sum(counts)
-    order = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(size), size, (seed, cycle), MIX)]
-    ranks = np.empty(size, np.int64)
+    order = generator(seed, cycle, 0, MIX).permutation(np.repeat(np.arange(len(counts)), counts))
+    ranks = np.empty_like(order)
     ranks[np.argsort(order, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
     return order, ranks
