@@ -185,9 +185,17 @@ class TrainConfig:
       eval_batches: batches of an evaluation during training; 0: all held-out data. `t5x-lite eval` always reads all.
       checkpoint_every: steps between checkpoints; 0: only at the end.
       keep_checkpoints: latest checkpoints to keep, beside the best.
-      remat: what the backward pass recomputes: none, minimal or full.
-      dtype: of the computation, float32 or bfloat16; parameters are float32.
+      keep_every: checkpoints of steps that divide by this are kept for good; 0: none.
+      remat: what the backward pass recomputes (minimal, full), recomputes or fetches from the host's memory (offload).
+      dtype: of the computation; parameters are float32. float16 has its loss scaled, by a factor that adapts itself.
       z_loss: coefficient of the z-loss.
+      label_smoothing: share of the target's probability that goes to the other tokens.
+      label_smoothing_style: t5 (to the others alone, entropy subtracted) or hf (to all tokens evenly).
+      loss_chunk: target tokens of a row whose logits are held at a time; 0: all; null: as many as take little memory.
+      ema_decay: of the running mean of the parameters, which evaluation and loading then use; 0: none.
+      nonfinite: what to do in a step whose loss or gradient is not finite: stop, or skip it.
+      profile: steps to trace with JAX's profiler, as FIRST:LAST; empty: none.
+      wandb: project of Weights & Biases to log to as well; empty: none.
     """
 
     steps: int = 1000
@@ -201,16 +209,31 @@ class TrainConfig:
     eval_batches: int = 20
     checkpoint_every: int = 0
     keep_checkpoints: int = 3
-    remat: Literal["none", "minimal", "full"] = "none"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    keep_every: int = 0
+    remat: Literal["none", "minimal", "full", "offload"] = "none"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     z_loss: float = 1e-4
+    label_smoothing: float = 0.0
+    label_smoothing_style: Literal["t5", "hf"] = "t5"
+    loss_chunk: int | None = None
+    ema_decay: float = 0.0
+    nonfinite: Literal["stop", "skip"] = "stop"
+    profile: str = ""
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         """Raises InputError for counts that make no sense."""
         for name in ("steps", "batch_size", "microbatches", "log_every", "keep_checkpoints"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("target_length", "eval_every", "eval_batches", "checkpoint_every", "seed", "z_loss"):
+        for name in ("target_length", "eval_every", "eval_batches", "checkpoint_every", "keep_every", "seed", "z_loss"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.loss_chunk is not None:
+            _at_least("train.loss_chunk", self.loss_chunk, 0)
+        for name in ("label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"train.{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if self.profile:
+            self.profiled_steps()
         if self.seed >= 2**32:
             raise InputError(f"train.seed must be below 2**32, not {self.seed}")
         _at_least("train.input_length", self.input_length, 2)
@@ -219,35 +242,69 @@ class TrainConfig:
                 f"train.microbatches {self.microbatches} does not divide train.batch_size {self.batch_size}"
             )
 
+    def profiled_steps(self) -> range:
+        """Returns the steps that `profile` names, none if it is empty.
+
+        Raises:
+          InputError: it is not of the form FIRST:LAST.
+        """
+        first, _, last = (self.profile or "1:0").partition(":")
+        steps = range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
+        if self.profile and (not steps or steps[0] < 1):
+            raise InputError(f"train.profile='{self.profile}' is not of the form FIRST:LAST, two steps such as 100:105")
+        return steps
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters follow their gradients.
 
     Attributes:
-      name: adafactor (T5's) or adamw.
+      name: adafactor (T5's), adamw, lion, muon (with AdamW for what is no matrix of a layer) or sgd.
       learning_rate: peak; for inverse_square_root the numerator. Adafactor multiplies it by each parameter's RMS.
-        Default: T5's with Adafactor, 1.0 for inverse_square_root and 1e-3 else; AdamW has none.
-      schedule: inverse_square_root, constant, linear or cosine.
+        Default: T5's with Adafactor, 1.0 for inverse_square_root and 1e-3 else; the others have none.
+      schedule: inverse_square_root, constant, linear, cosine or warmup_stable_decay.
       warmup_steps: linear warm-up, default none; for inverse_square_root the flat part, default 10,000.
+      decay_steps: last steps of warmup_stable_decay, in which it falls; default a tenth of the run.
+      final_share: of the peak, where linear, cosine and warmup_stable_decay end.
       clip_norm: global gradient norm to clip to; 0: none.
       weight_decay: decoupled, multiplied by the learning rate.
+      no_decay: patterns of parameters that do not decay, beside norms, biases and position tables.
+      frozen: patterns of parameters that stay as they are, such as encoder/*.
+      b1: decay of the first moment (sgd: momentum); null: the optimizer's own.
+      b2: decay of the second moment (lion: of its momentum); null: the optimizer's own.
     """
 
-    name: Literal["adafactor", "adamw"] = "adafactor"
+    name: Literal["adafactor", "adamw", "lion", "muon", "sgd"] = "adafactor"
     learning_rate: float | None = None
-    schedule: Literal["inverse_square_root", "constant", "linear", "cosine"] = "inverse_square_root"
+    schedule: Literal["inverse_square_root", "constant", "linear", "cosine", "warmup_stable_decay"] = (
+        "inverse_square_root"
+    )
     warmup_steps: int | None = None
+    decay_steps: int | None = None
+    final_share: float = 0.0
     clip_norm: float = 0.0
     weight_decay: float = 0.0
+    no_decay: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    b1: float | None = None
+    b2: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for negative values, or AdamW without a learning rate."""
+        """Raises InputError for values out of range, or an optimizer other than Adafactor without a learning rate."""
         for name in ("learning_rate", "clip_norm", "weight_decay", "warmup_steps"):
             if getattr(self, name) is not None:
                 _at_least(f"optimizer.{name}", getattr(self, name), 0)
-        if self.name == "adamw" and self.learning_rate is None:
-            raise InputError("optimizer.name=adamw needs optimizer.learning_rate, such as 1e-3")
+        if self.decay_steps is not None:
+            _at_least("optimizer.decay_steps", self.decay_steps, 1)
+        if not 0 <= self.final_share <= 1:
+            raise InputError(f"optimizer.final_share must be from 0 to 1, not {self.final_share}")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise InputError(f"optimizer.{name} must be at least 0 and below 1, not {value}")
+        if self.name != "adafactor" and self.learning_rate is None:
+            raise InputError(f"optimizer.name={self.name} needs optimizer.learning_rate, such as 1e-3")
 
     @property
     def peak(self) -> float:
@@ -255,6 +312,44 @@ class OptimizerConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         return 1.0 if self.schedule == "inverse_square_root" else 1e-3
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that make one run. Under SLURM, Open MPI, GKE or on a TPU pod all of it is found out.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
+      timeout: seconds after which whoever waits for another process gives up.
+    """
+
+    coordinator: str = ""
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Raises InputError if only some of the three are given, or they contradict each other."""
+        _at_least("distributed.timeout", self.timeout, 1)
+        three = {"coordinator": self.coordinator or None, "num_processes": self.num_processes}
+        three["process_id"] = self.process_id
+        missing = [name for name, value in three.items() if value is None]
+        if 0 < len(missing) < len(three):
+            given = next(name for name in three if name not in missing)
+            raise InputError(f"distributed.{given} is given, so distributed.{missing[0]} is needed too")
+        if self.num_processes is None or self.process_id is None:
+            return
+        _at_least("distributed.num_processes", self.num_processes, 1)
+        if not 0 <= self.process_id < self.num_processes:
+            raise InputError(
+                f"distributed.process_id {self.process_id} must be from 0 to {self.num_processes - 1}, as"
+                f" distributed.num_processes is {self.num_processes}"
+            )
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise InputError(f"distributed.coordinator='{self.coordinator}' is not of the form HOST:PORT")
 
 
 @dataclass(frozen=True)
@@ -271,7 +366,8 @@ class RunConfig:
       data: what to train on.
       train: how long.
       optimizer: how.
-      mesh: such as `data:4,model:2`; empty: all devices along `data`.
+      distributed: over which processes.
+      mesh: sizes of the axes data, fsdp, context and model, such as `data:4,model:2`; empty: what fits.
       init_from: what to start from: a run directory, a checkpoint in one, a Hugging Face directory, or a T5X
         checkpoint. On the command line its model is the default for `model.*`.
       out: the run directory. If it holds checkpoints, the run continues from the latest.
@@ -284,6 +380,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     mesh: str = ""
     init_from: str = ""
     out: str = "runs/latest"

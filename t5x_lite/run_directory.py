@@ -32,8 +32,19 @@ MAY_CHANGE = (
     "train.eval_batches",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.remat",
+    "train.loss_chunk",
+    "train.nonfinite",
+    "train.profile",
+    "train.wandb",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
+    "distributed.timeout",
 )
+
+ENDING = ("linear", "cosine", "warmup_stable_decay")  # schedules that know the run's last step
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
@@ -106,7 +117,7 @@ def check_same_run(out: Path, config: RunConfig, fingerprint: str) -> list[str]:
         raise InputError(
             f"the run in out={out} has made {steps[-1]} steps already; train.steps={new['train.steps']} is less"
         )
-    if old["train.steps"] != new["train.steps"] and config.optimizer.schedule in ("linear", "cosine"):
+    if old["train.steps"] != new["train.steps"] and config.optimizer.schedule in ENDING:
         return [
             f"train.steps was {old['train.steps']} and is {config.train.steps}: the {config.optimizer.schedule}"
             " schedule now ends there, and the steps made so far followed the old one"

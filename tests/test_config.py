@@ -65,7 +65,7 @@ def test_giving_the_vocabulary_size_fixes_it() -> None:
 def test_at_most_eighty_keys() -> None:
     keys = flatten(RunConfig())
     # A preset or a checkpoint fills those of the model; the others are what a user of any family meets.
-    assert len([key for key in keys if not key.startswith("model.")]) <= 60
+    assert len([key for key in keys if not key.startswith("model.")]) <= 80
     assert len([key for key in keys if key.startswith("model.")]) <= 55
 
 
