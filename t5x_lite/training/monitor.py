@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,61 @@ class MetricsLog:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Returns the records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+class EventLog:
+    """Appends what happens to a run to `events.jsonl`, which is never cut: steps that are made twice show twice.
+
+    A line is `{"time": UNIX SECONDS, "step": n, "event": name, ...}` and is written by a single call of the operating
+    system, so that a process which is killed leaves whole lines, or one cut line at the very end.
+
+    Args:
+      directory: the run directory.
+    """
+
+    def __init__(self, directory: Path):
+        path = directory / "events.jsonl"
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._file).st_size
+        # What a full disk or a crash left of a line would swallow the next one.
+        self._cut = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+
+    def write(self, event: str, step: int, **details: Any) -> None:
+        """Writes one event and brings it to the disk.
+
+        Args:
+          event: its name, such as `saved`.
+          step: the step that it belongs to.
+          details: numbers and texts that say more, JSON values.
+        """
+        line = json.dumps({"time": round(time.time(), 3), "step": step, "event": event, **details}) + "\n"
+        os.write(self._file, (("\n" if self._cut else "") + line).encode())
+        self._cut = False
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Closes the file; more than once does no harm."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def read_events(directory: Path) -> list[dict[str, Any]]:
+    """Returns the events of a run, oldest first; lines that are cut are left out."""
+    path = directory / "events.jsonl"
+    return _objects(path.read_text(errors="replace")) if path.exists() else []
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def _step_of(line: str) -> float:
