@@ -127,7 +127,7 @@ def step_bytes(model: Transformer, params: Any, cell: Cell, mesh: Mesh | None = 
     cfg = model.config
     leaves = jax.tree_util.tree_leaves_with_path(params)
     weights = _bytes([leaf for path, leaf in leaves if _read_by_a_step(path, cfg)])
-    copies = sharding.axis_size(mesh, sharding.RULES["batch"]) if mesh else 1
+    copies = sharding.batch_ways(mesh) if mesh else 1
     # The keys and values of a token.
     token = 2 * cfg.num_decoder_layers * cfg.kv_heads(True) * cfg.stack_head_dim(True) * jnp.dtype(model.dtype).itemsize
     prompt, source = (1, cell.input_length) if cfg.num_encoder_layers else (cell.input_length, 0)

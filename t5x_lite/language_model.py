@@ -381,7 +381,7 @@ class LanguageModel:
         return prompt or [self.config.decoder_start_id]
 
     def _padded(self, batch: Batch, row_ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        batch = padded(batch, self.config, sharding.axis_size(self.mesh, sharding.RULES["batch"]))
+        batch = padded(batch, self.config, sharding.batch_ways(self.mesh))
         below = len(next(iter(batch.values()))) - len(row_ids)
         return batch, np.pad(row_ids, (0, below), mode="edge")
 
@@ -463,7 +463,7 @@ class LanguageModel:
         )
 
     def _rows(self, examples: Sequence[Any]) -> int:
-        return bucket(len(examples), sharding.axis_size(self.mesh, sharding.RULES["batch"]))
+        return bucket(len(examples), sharding.batch_ways(self.mesh))
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:

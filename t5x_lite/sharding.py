@@ -1,11 +1,12 @@
 """The one place that knows the mesh.
 
-Every array in t5x_lite carries *logical* axis names ("embed", "heads", "batch", ...). `RULES` maps each of them to a
-mesh axis, and everything else follows: the layout of parameters, optimizer state, batch and activations. The mesh has
-three axes:
+Every array in t5x_lite carries *logical* axis names ("embed", "heads", "batch", ...). Two mappings give each of them a
+mesh axis: `PARAMETERS` where an array is kept (parameters, optimizer state), `ACTIVATIONS` where it is computed with.
+Everything else follows. The mesh has four axes:
 
 * `data`: every device holds the whole model and a slice of the batch;
 * `fsdp`: as `data`, but parameters and optimizer state are split along `embed` too;
+* `context`: the rows of the batch are split along their length, for long ones;
 * `model`: heads, feed-forward width and vocabulary are split (tensor parallelism).
 
 Layouts are written as `jax.sharding.NamedSharding`s and given to `jax.jit` (what pjit became); XLA inserts the
@@ -17,29 +18,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import InputError, nearest
 
-AXES = ("data", "fsdp", "model")
+AXES = ("data", "fsdp", "context", "model")
 
-RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    # Parameters.
+Rule = str | tuple[str, ...] | None
+Rules = Mapping[str, Rule]
+
+PARAMETERS: Rules = {
     "layers": None,
     "vocab": "model",
     "embed": "fsdp",
+    "features": None,  # the other side of a square kernel
     "heads": "model",  # also the joined `heads * head_dim` columns of the attention kernels
     "kv_heads": "model",  # of grouped-query attention
+    "head_dim": None,
     "mlp": "model",
     "buckets": None,
     "positions": None,
     "types": None,
     "labels": None,
-    # Activations (with "heads", "mlp" and "vocab" from above).
+}
+
+ACTIVATIONS: Rules = {
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "context",
+    "slots": None,  # of a cache: any step may need any of them
     "features": None,
+    "heads": "model",
+    "kv_heads": "model",
     "head_dim": None,
+    "mlp": "model",
+    "vocab": "model",
+    "positions": None,
+    "types": None,
 }
 
 
@@ -86,36 +101,60 @@ def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def spec(*names: str | None) -> PartitionSpec:
-    """Returns the PartitionSpec of an array with these logical axis names (None: replicated).
+def parameter_spec(*names: str | None) -> PartitionSpec:
+    """Returns the PartitionSpec that an array with these logical axes is kept in (None: replicated).
 
     Raises:
-      KeyError: a name that `RULES` does not hold.
+      KeyError: a name that `PARAMETERS` does not hold.
     """
-    unknown = [name for name in names if name is not None and name not in RULES]
+    return _spec(PARAMETERS, "PARAMETERS", names)
+
+
+def activation_spec(*names: str | None) -> PartitionSpec:
+    """Returns the PartitionSpec that an array with these logical axes is computed in (None: replicated).
+
+    Raises:
+      KeyError: a name that `ACTIVATIONS` does not hold.
+    """
+    return _spec(ACTIVATIONS, "ACTIVATIONS", names)
+
+
+def _spec(rules: Rules, table: str, names: Sequence[str | None]) -> PartitionSpec:
+    unknown = [name for name in names if name is not None and name not in rules]
     if unknown:
-        raise KeyError(f"logical axis '{unknown[0]}' is not in sharding.RULES: {', '.join(RULES)}")
-    return PartitionSpec(*(None if name is None else RULES[name] for name in names))
+        raise KeyError(f"logical axis '{unknown[0]}' is not in sharding.{table}: {', '.join(rules)}")
+    return PartitionSpec(*(None if name is None else rules[name] for name in names))
 
 
-def constrain(x: jax.Array, *names: str) -> jax.Array:
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Fixes the layout of an activation with these logical axes, when a mesh is set; the identity otherwise.
 
-    The mesh is the one of `with jax.set_mesh(mesh):`, so that a model called from plain library code needs none.
+    The mesh is the one of `with jax.set_mesh(mesh):`, so that a model called from plain library code needs none. A
+    length that does not divide over `context` stays whole: while decoding there is one token at a time.
     """
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}")
-    layout = spec(*names)
+    layout = activation_spec(*names)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, layout)
+    whole = [
+        name == "length" and size % axis_size(mesh, "context") != 0 for name, size in zip(names, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(*(None if w else rule for w, rule in zip(whole, layout, strict=True)))
+    )
 
 
-def axis_size(mesh: Mesh | AbstractMesh, rule: str | tuple[str, ...] | None) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, rule: Rule) -> int:
     """Returns over how many devices a rule's mesh axes split an array axis."""
     names = (rule,) if isinstance(rule, str) else rule or ()
     return math.prod(mesh.shape[name] for name in names)
+
+
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Returns over how many devices the rows of a batch are split."""
+    return axis_size(mesh, ACTIVATIONS["batch"])
 
 
 def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int]) -> None:
@@ -125,7 +164,7 @@ def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int]) -> None:
       InputError: the first axis that does not, with its size, the mesh axis and the mesh size.
     """
     for name, size in sizes.items():
-        rule = RULES[name]
+        rule = PARAMETERS[name] if name in PARAMETERS else ACTIVATIONS[name]
         ways = axis_size(mesh, rule)
         if size % ways:
             where = rule if isinstance(rule, str) else " x ".join(rule or ())
@@ -149,7 +188,7 @@ def tree_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
 
     def leaf(names: tuple[str, ...], array: Any) -> NamedSharding:
         check_divides(mesh, dict(zip(names, array.shape, strict=True)))
-        return NamedSharding(mesh, spec(*names))
+        return NamedSharding(mesh, parameter_spec(*names))
 
     return jax.tree.map(leaf, logical_axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
@@ -180,9 +219,13 @@ def optimizer_shardings(mesh: Mesh, init: Any, params: Any) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec) if x.sharding else replicated(mesh), state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of a batch's arrays: rows split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Returns the layout of an array of a batch, `[rows]` or `[rows, length]`: split along both, as activations are.
+
+    A length that does not divide over `context` stays whole, as in `constrain`.
+    """
+    length = ACTIVATIONS["length"] if len(shape) > 1 and shape[1] % axis_size(mesh, "context") == 0 else None
+    return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"], *((length,) if len(shape) > 1 else ())))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -190,10 +233,45 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns which part of a global batch's rows this process feeds, and of how many: `(0, 1)` is all of them.
+
+    Processes whose devices differ in `context` or `model` alone feed the same rows.
+
+    Raises:
+      InputError: the rows of this process's devices are not one of several equal parts in a row.
+    """
+    ways = batch_ways(mesh)
+    layout = NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"]))
+    mine = sorted({where[0].start or 0 for where in layout.addressable_devices_indices_map((ways,)).values()})
+    index, remainder = divmod(mine[0], len(mine))
+    if remainder or ways % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
+        raise InputError(
+            f"mesh {describe(mesh)}: the devices of process {jax.process_index()} hold the parts"
+            f" {', '.join(map(str, mine))} of {ways} of a batch, which are not one of several equal parts in a row"
+        )
+    return index, ways // len(mine)
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Puts this process's rows of a global batch onto the mesh, rows split as `batch_sharding` says."""
-    layout = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(layout, value) for key, value in batch.items()}
+    """Puts a global batch onto the mesh, as `batch_sharding` says.
+
+    Args:
+      mesh: the mesh.
+      batch: this process's rows (see `batch_share`), of their whole length.
+    """
+    index, parts = batch_share(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        first, shape = index * len(rows), (len(rows) * parts, *rows.shape[1:])
+
+        def part(where: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = where[0].indices(shape[0])
+            return rows[(slice(start - first, stop - first), *where[1:])]
+
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), part)
+
+    return {key: put(np.asarray(value)) for key, value in batch.items()}
 
 
 def bytes_per_device(tree: Any) -> int:

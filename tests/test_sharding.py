@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5x_lite import sharding
 from t5x_lite.errors import InputError
 from t5x_lite.models import build
-from t5x_lite.sharding import make_mesh, parse_mesh, spec
+from t5x_lite.sharding import activation_spec, make_mesh, parameter_spec, parse_mesh
 from t5x_lite.training import optimizers
 from t5x_lite.training.state import abstract_state, init_state
 
@@ -27,26 +27,27 @@ def optimizer(name: str, model: Any) -> Any:
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
-        ("", (8, 1, 1)),
-        ("data:8", (8, 1, 1)),
-        ("data:4,model:2", (4, 1, 2)),
-        (" model:2 , data:4 ", (4, 1, 2)),
-        ("model:8", (1, 1, 8)),
-        ("fsdp:-1", (1, 8, 1)),
-        ("data:-1,model:2", (4, 1, 2)),
-        ("data:2,fsdp:2,model:-1", (2, 2, 2)),
-        ("data:8,model:-1", (8, 1, 1)),
+        ("", (8, 1, 1, 1)),
+        ("data:8", (8, 1, 1, 1)),
+        ("data:4,model:2", (4, 1, 1, 2)),
+        (" model:2 , data:4 ", (4, 1, 1, 2)),
+        ("model:8", (1, 1, 1, 8)),
+        ("fsdp:-1", (1, 8, 1, 1)),
+        ("data:-1,model:2", (4, 1, 1, 2)),
+        ("data:2,fsdp:2,model:-1", (2, 2, 1, 2)),
+        ("data:8,model:-1", (8, 1, 1, 1)),
+        ("context:4,data:2", (2, 1, 4, 1)),
     ],
 )
 def test_parse_mesh(text: str, sizes: tuple[int, ...]) -> None:
-    assert parse_mesh(text, 8) == dict(zip(("data", "fsdp", "model"), sizes, strict=True))
+    assert parse_mesh(text, 8) == dict(zip(("data", "fsdp", "context", "model"), sizes, strict=True))
     assert dict(make_mesh(text).shape) == parse_mesh(text, 8)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("modle:2", ["unknown axis 'modle'", "data, fsdp, model", "did you mean 'model'"]),
+        ("modle:2", ["unknown axis 'modle'", "data, fsdp, context, model", "did you mean 'model'"]),
         ("data:4,", ["unknown axis ''"]),
         ("data:2,data:4", ["'data'", "twice"]),
         ("data:two", ["'data'", "whole number", "'two'"]),
@@ -77,8 +78,8 @@ def test_describe_is_what_the_user_writes() -> None:
 
 
 def test_a_name_without_a_rule_is_an_error() -> None:
-    with pytest.raises(KeyError, match=r"'embedd' is not in sharding.RULES"):
-        spec("layers", "embedd")
+    with pytest.raises(KeyError, match=r"'embedd' is not in sharding.PARAMETERS"):
+        parameter_spec("layers", "embedd")
     with pytest.raises(KeyError, match="'time'"):  # even where there is no mesh that could split it
         sharding.constrain(jnp.ones((2, 3)), "batch", "time")
     with pytest.raises(ValueError, match="2 axis names"):
@@ -86,9 +87,10 @@ def test_a_name_without_a_rule_is_an_error() -> None:
 
 
 def test_spec() -> None:
-    assert spec("layers", "embed", "heads") == PartitionSpec(None, "fsdp", "model")
-    assert spec("batch", "length", "vocab") == PartitionSpec(("data", "fsdp"), None, "model")
-    assert spec("vocab", None) == PartitionSpec("model", None)
+    assert parameter_spec("layers", "embed", "heads") == PartitionSpec(None, "fsdp", "model")
+    assert parameter_spec("vocab", None) == PartitionSpec("model", None)
+    assert activation_spec("batch", "length", "vocab") == PartitionSpec(("data", "fsdp"), "context", "model")
+    assert activation_spec("batch", "slots", "features") == PartitionSpec(("data", "fsdp"), None, None)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_state_lies_on_the_mesh(name: str, mesh_text: str, tiny_config: Any, ran
 
     axes = jax.tree.leaves(model.logical_axes(), is_leaf=lambda node: isinstance(node, tuple))
     for names, array in zip(axes, jax.tree.leaves(state.params), strict=True):
-        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec(*names)), array.ndim)
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, parameter_spec(*names)), array.ndim)
 
     # What is not split (by fsdp: bias tables and step counts; by model: norm scales too) is a few hundred numbers; the
     # rest of parameters and optimizer state alike has to shrink with the number of devices.
@@ -219,6 +221,6 @@ def test_batches_are_split_along_their_rows() -> None:
     for name, value in batch.items():
         np.testing.assert_array_equal(put[name], value)
         assert put[name].dtype == value.dtype
-        assert put[name].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+        assert put[name].sharding.is_equivalent_to(sharding.batch_sharding(mesh, value.shape), 2)
         assert {shard.data.shape for shard in put[name].addressable_shards} == {(4, value.shape[1])}
     assert len({str(shard.index) for shard in put["tokens"].addressable_shards}) == 4

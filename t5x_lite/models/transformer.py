@@ -304,7 +304,7 @@ class Transformer(nn.Module):
         def keys_values(slots: int) -> KeysValues:
             shape = (batch_size, kv_heads, slots, cfg.stack_head_dim(True))
             empty = KeysValues.zeros(shape, dtype or self.dtype)
-            return jax.tree.map(lambda x: constrain(x, *("batch", heads, "length", "head_dim")[: x.ndim]), empty)
+            return jax.tree.map(lambda x: constrain(x, *("batch", heads, "slots", "head_dim")[: x.ndim]), empty)
 
         crosses = cfg.num_encoder_layers > 0
         layer = LayerCache(keys_values(length), keys_values(encoder_length) if crosses else None)

@@ -18,7 +18,7 @@ def parameter(
       name: in the tree of parameters.
       initializer: called with a key and `shape`.
       shape: of one layer; `nn.scan` stacks layers in front.
-      axes: logical name of every axis, see `sharding.RULES`.
+      axes: logical name of every axis, see `sharding.PARAMETERS`.
     """
     if len(axes) != len(shape):
         raise ValueError(f"parameter {name}: {len(axes)} axis names {axes} for shape {shape}")

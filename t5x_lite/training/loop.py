@@ -290,7 +290,7 @@ def _announce(
     observer.note(f"mesh {sharding.describe(mesh)}: {mesh.size} device(s), {device}")
     observer.note(
         f"{count:,} parameters; each device holds {params / 1e6:.1f} MB of them, {opt / 1e6:.1f} MB of optimizer state"
-        f" and {config.train.batch_size // sharding.axis_size(mesh, sharding.RULES['batch'])} of the batch's rows"
+        f" and {config.train.batch_size // sharding.batch_ways(mesh)} of the batch's rows"
     )
     examples = "training examples as they are read, in rows"
     if isinstance(dataset, Dataset):

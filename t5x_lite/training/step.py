@@ -185,7 +185,7 @@ def make_train_step(
         mesh,
         jax.jit(
             train_step,
-            in_shardings=(layouts, sharding.batch_sharding(mesh)),
+            in_shardings=(layouts, None),
             out_shardings=(layouts, sharding.replicated(mesh)),
             donate_argnums=0,
         ),

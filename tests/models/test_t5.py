@@ -59,7 +59,7 @@ def test_every_axis_has_a_known_name(family: str, request: pytest.FixtureRequest
     for path, names in axes.items():
         in_stack = "/layers/" in path
         depth = {"encoder": 2, "decoder": 3}[path.split("/")[0]] if in_stack else 0
-        assert set(names) <= set(sharding.RULES), path
+        assert set(names) <= set(sharding.PARAMETERS), path
         assert (names[0] == "layers") == in_stack, path
         if path.endswith("kernel"):
             assert len(names) == 2 + in_stack, path
