@@ -131,6 +131,7 @@ class Checkpointer:
                 step=jax.device_put(jax.numpy.int32(step), layout),
                 params=items["params"],
                 opt_state=items["optimizer"],
+                skipped=jax.device_put(jax.numpy.int32(0), layout),
             )
             return state, notes
         if damaged or has_begun(self.directory.parent):

@@ -14,7 +14,9 @@ from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.transformer import Batch, Transformer, encoder_segments
 from t5x_lite.nn.attention import MASKED
+from t5x_lite.training.averaging import ema_update
 from t5x_lite.training.losses import LossSums, cross_entropy
+from t5x_lite.training.norms import norm_metrics
 from t5x_lite.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -96,7 +98,14 @@ def _second_task_share(config: TransformerConfig, batch: Batch) -> jax.Array | f
 
 
 def loss_gradients(
-    model: Transformer, params: Any, batch: Batch, *, microbatches: int, z_loss: float, key: jax.Array
+    model: Transformer,
+    params: Any,
+    batch: Batch,
+    *,
+    microbatches: int,
+    z_loss: float,
+    key: jax.Array,
+    scale: jax.Array | float = 1.0,
 ) -> tuple[Any, LossSums]:
     """Returns the gradients of the loss per real target token, and the loss sums, of a global batch.
 
@@ -110,6 +119,7 @@ def loss_gradients(
       microbatches: how many parts are run one after the other, to save activation memory.
       z_loss: coefficient.
       key: for dropout.
+      scale: what the loss is multiplied by before the backward pass, and the gradients divided by after it.
     """
     config = model.config
     total = jnp.maximum(jnp.sum(batch_targets(config, batch)[0].weights), 1.0)
@@ -119,9 +129,12 @@ def loss_gradients(
     def loss(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, LossSums]:
         dropout_key = jax.random.fold_in(key, index) if has_dropout else None
         sums = batch_loss(model, params, part, z_loss=z_loss, dropout_key=dropout_key, second_task=share)
-        return (sums.cross_entropy + sums.z_loss + sums.auxiliary) / total, sums
+        return (sums.cross_entropy + sums.z_loss + sums.auxiliary) / total * scale, sums
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradient(params: Any, part: Batch, index: jax.Array) -> tuple[Any, LossSums]:
+        scaled, sums = jax.grad(loss, has_aux=True)(params, part, index)
+        return jax.tree.map(lambda x: x / scale, scaled), sums
+
     if microbatches == 1:
         return gradient(params, batch, jnp.zeros((), jnp.int32))
 
@@ -148,8 +161,12 @@ def make_train_step(
     microbatches: int = 1,
     z_loss: float = 0.0,
     seed: int = 0,
+    ema_decay: float = 0.0,
+    trained: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the compiled, donating `(state, batch) -> (next state, metrics)`.
+
+    A step whose loss or gradient is not finite changes nothing but the counts, and its metric `finite` is 0.
 
     Args:
       model: the model.
@@ -160,25 +177,48 @@ def make_train_step(
       microbatches: see `loss_gradients`.
       z_loss: coefficient.
       seed: of dropout, together with the step.
+      ema_decay: of the running mean of the parameters, if the state has one.
+      trained: tree of bools, which parameters are trained; by default all.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients, sums = loss_gradients(model, state.params, batch, microbatches=microbatches, z_loss=z_loss, key=key)
+        key = dropout_key(seed, state.step)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        gradients, sums = loss_gradients(
+            model, state.params, batch, microbatches=microbatches, z_loss=z_loss, key=key, scale=scale
+        )
+        if trained is not None:
+            gradients = jax.tree.map(lambda keep, g: g if keep else jnp.zeros_like(g), trained, gradients)
+        gradient_norms = norm_metrics("gradient_norm", gradients)
+        finite = jnp.isfinite(gradient_norms["gradient_norm"]) & jnp.isfinite(sums.cross_entropy)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        done = state.step - state.skipped
+        ema = None if state.ema is None else ema_update(state.ema, params, ema_decay, done)
+        kept = state.params, state.opt_state, state.ema
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), kept
+        )
         tokens = jnp.maximum(sums.weight, 1.0)
         metrics = {
             "loss": sums.cross_entropy / tokens,
             "z_loss": sums.z_loss / tokens,
             "accuracy": sums.correct / tokens,
             "target_tokens": sums.weight,
-            "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(done),
+            "finite": finite.astype(jnp.float32),
+            **gradient_norms,
+            **norm_metrics("parameter_norm", state.params),
+            **norm_metrics("update_norm", updates),
         }
         if model.config.head == "pretraining":
             metrics["next_sentence_loss"] = sums.auxiliary / tokens
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        loss_scale = None
+        if state.loss_scale is not None:
+            metrics["loss_scale"], loss_scale = state.loss_scale.scale, state.loss_scale.next(finite)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        metrics["skipped"] = skipped.astype(jnp.float32)
+        return TrainState(state.step + 1, params, opt_state, skipped, loss_scale, ema), metrics
 
     layouts = state_shardings(state)
     return _on_mesh(
@@ -190,6 +230,11 @@ def make_train_step(
             donate_argnums=0,
         ),
     )
+
+
+def dropout_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the random key of a training step."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def make_eval_step(model: Transformer, mesh: Mesh) -> Callable[[Any, Batch], LossSums]:

@@ -75,14 +75,18 @@ def one_device(config: TransformerConfig, params: Any, batches: list[Any]) -> Ru
 
 
 def test_metrics(one_device: Run, batches: list[Any]) -> None:
-    names = {"loss", "z_loss", "accuracy", "target_tokens", "gradient_norm", "learning_rate"}
+    norms = {f"{kind}_norm" for kind in ("gradient", "parameter", "update")}
+    names = {"loss", "z_loss", "accuracy", "target_tokens", "learning_rate", "finite", "skipped", *norms}
     for number, (metrics, batch) in enumerate(zip(one_device.metrics, batches, strict=True)):
-        assert set(metrics) == names
+        assert {name for name in metrics if "/" not in name} == names
         assert all(np.isfinite(value) for value in metrics.values())
         assert metrics["target_tokens"] == np.sum(batch["decoder_target_tokens"] > 0)
         assert metrics["learning_rate"] == pytest.approx(0.1 / np.sqrt(max(number, 4)), rel=1e-6)
         assert 0 <= metrics["accuracy"] <= 1
-        assert metrics["gradient_norm"] > 0
+        for norm in norms:
+            parts = [value for name, value in metrics.items() if name.startswith(f"{norm}/")]
+            assert metrics[norm] == pytest.approx(np.linalg.norm(parts), rel=1e-5) > 0
+        assert metrics["finite"] == 1 and metrics["skipped"] == 0
         assert metrics["z_loss"] > 0
     assert int(one_device.after.step) == STEPS
     assert one_device.metrics[-1]["loss"] < one_device.metrics[0]["loss"]
