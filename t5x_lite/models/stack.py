@@ -244,7 +244,7 @@ class Stack(nn.Module):
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # the latter only where somebody looks inside
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0)),
             length=depth,
