@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import InputError, nearest
@@ -58,6 +59,9 @@ ACTIVATIONS: Rules = {
 }
 
 
+_STATE_SHARE = 0.5  # of a device's memory, for parameters, gradients and optimizer state; the rest is for activations
+
+
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     """Reads a mesh description such as `data:4,model:2` into the size of every axis.
 
@@ -95,10 +99,59 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the mesh that `text` describes (see `parse_mesh`) over `devices`, by default all of them."""
+    """Builds the mesh that `text` describes (see `parse_mesh`) over `devices`, by default all of them.
+
+    The last axes, which talk most, get neighbouring devices: those of one process, or on a TPU of one ring. Several
+    TPU slices, between which the network is slow, differ in `data`, or if that does not divide, in `fsdp`.
+
+    Raises:
+      InputError: as `parse_mesh`; or neither `data` nor `fsdp` divides by the number of slices.
+    """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = parse_mesh(text, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    across = next((name for name in ACTIVATIONS["batch"] or () if sizes[name] % slices == 0), None)
+    if across is None:
+        raise InputError(
+            f"mesh '{text}': data {sizes['data']} or fsdp {sizes['fsdp']} must be a multiple of the {slices} TPU slices"
+        )
+    within = [size // (slices if name == across else 1) for name, size in sizes.items()]
+    between = [slices if name == across else 1 for name in AXES]
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def default_mesh(
+    num_devices: int,
+    num_processes: int,
+    state_bytes: float,
+    memory_bytes: float | None,
+    embed_dim: int = 0,
+) -> str:
+    """Returns the mesh, as the user would write it, of a run that names none.
+
+    Data parallelism alone where a device can hold the whole state; else the state is split over the devices of each
+    process, whose connections are fast, with copies in the other processes; else over all devices. What is asked
+    of a device is that the state takes no more than half of its memory: the rest is for activations.
+
+    Args:
+      num_devices: of all processes.
+      num_processes: which have as many devices each.
+      state_bytes: of parameters, gradients and optimizer state, whole.
+      memory_bytes: of one device; None: unknown, as on a CPU, and then nothing is split.
+      embed_dim: D, over which `fsdp` splits parameters, so that its size has to divide it; 0: anything does.
+    """
+    room = math.inf if memory_bytes is None else memory_bytes * _STATE_SHARE
+    ways = 1
+    for devices in (1, num_devices // num_processes, num_devices):
+        ways = math.gcd(devices, embed_dim)
+        if state_bytes <= room * ways:
+            break
+    sizes = {"data": num_devices // ways, "fsdp": ways}
+    return ",".join(f"{name}:{size}" for name, size in sizes.items() if size > 1) or "data:1"
 
 
 def parameter_spec(*names: str | None) -> PartitionSpec:
@@ -233,42 +286,60 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns which part of a global batch's rows this process feeds, and of how many: `(0, 1)` is all of them.
+def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Returns which part of a global batch's rows a process feeds, and of how many: `(0, 1)` is all of them.
 
     Processes whose devices differ in `context` or `model` alone feed the same rows.
 
+    Args:
+      mesh: the mesh.
+      process: its index; by default this one's.
+
     Raises:
-      InputError: the rows of this process's devices are not one of several equal parts in a row.
+      InputError: some processes share a part of the rows and not all of it, so that there are no equal parts to feed.
     """
-    ways = batch_ways(mesh)
-    layout = NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"]))
-    mine = sorted({where[0].start or 0 for where in layout.addressable_devices_indices_map((ways,)).values()})
-    index, remainder = divmod(mine[0], len(mine))
-    if remainder or ways % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
+    parts = _parts_of_processes(mesh)
+    groups = sorted(set(parts.values()))
+    held = [part for group in groups for part in group]
+    if len(set(held)) < len(held) or len({len(group) for group in groups}) > 1:
         raise InputError(
-            f"mesh {describe(mesh)}: the devices of process {jax.process_index()} hold the parts"
-            f" {', '.join(map(str, mine))} of {ways} of a batch, which are not one of several equal parts in a row"
+            f"mesh {describe(mesh)}: its processes hold the parts {', '.join(str(list(group)) for group in groups)} of"
+            " a batch's rows, where each must hold as many, and two of them the same or none in common"
         )
-    return index, ways // len(mine)
+    return groups.index(parts[jax.process_index() if process is None else process]), len(groups)
+
+
+def _parts_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Returns which of the `batch_ways` parts of a batch each process's devices hold, in ascending order."""
+    parts: dict[int, set[int]] = {}
+    for part, devices in enumerate(mesh.devices.reshape(batch_ways(mesh), -1)):  # the batch's axes come first
+        for device in devices:
+            parts.setdefault(device.process_index, set()).add(part)
+    return {process: tuple(sorted(held)) for process, held in parts.items()}
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Puts a global batch onto the mesh, as `batch_sharding` says.
 
+    This process's rows go to its own devices, whichever parts of the array those hold. These are neighbours, and rows
+    keep their places in the global batch, unless the mesh follows the torus of a TPU: there rows may change places,
+    which only the draws of dropout can tell.
+
     Args:
       mesh: the mesh.
       batch: this process's rows (see `batch_share`), of their whole length.
     """
-    index, parts = batch_share(mesh)
+    _, shares = batch_share(mesh)
+    held = _parts_of_processes(mesh)[jax.process_index()]
 
     def put(rows: np.ndarray) -> jax.Array:
-        first, shape = index * len(rows), (len(rows) * parts, *rows.shape[1:])
+        size = len(rows) // len(held)  # of a part
 
         def part(where: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = where[0].indices(shape[0])
-            return rows[(slice(start - first, stop - first), *where[1:])]
+            first = held.index((where[0].start or 0) // size) * size
+            return rows[(slice(first, first + size), *where[1:])]
 
+        shape = (len(rows) * shares, *rows.shape[1:])
         return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), part)
 
     return {key: put(np.asarray(value)) for key, value in batch.items()}

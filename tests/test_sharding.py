@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -224,3 +225,119 @@ def test_batches_are_split_along_their_rows() -> None:
         assert put[name].sharding.is_equivalent_to(sharding.batch_sharding(mesh, value.shape), 2)
         assert {shard.data.shape for shard in put[name].addressable_shards} == {(4, value.shape[1])}
     assert len({str(shard.index) for shard in put["tokens"].addressable_shards}) == 4
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What `make_mesh` looks at in a device."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "invented"
+
+
+def devices_of(processes: int, each: int = 4, slices: int = 1) -> list[Any]:
+    return [
+        FakeDevice(id=index, process_index=index // each, slice_index=index * slices // (processes * each))
+        for index in range(processes * each)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("data:16", [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ("data:4,fsdp:4", [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ("data:4,model:4", [(0, 4), (1, 4), (2, 4), (3, 4)]),  # tensor parallelism within a process
+        ("data:2,fsdp:4,context:2", [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ("data:2,model:8", [(0, 2), (0, 2), (1, 2), (1, 2)]),  # a row's heads are those of two processes
+        ("fsdp:2,context:4,model:2", [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ("model:16", [(0, 1)] * 4),
+        ("context:16", [(0, 1)] * 4),
+    ],
+)
+def test_which_rows_each_of_four_processes_feeds(text: str, shares: list[tuple[int, int]]) -> None:
+    mesh = make_mesh(text, devices_of(4))
+    assert [sharding.batch_share(mesh, process) for process in range(4)] == shares
+
+
+def test_inner_axes_stay_within_a_process() -> None:
+    grid = np.vectorize(lambda device: device.process_index)(make_mesh("data:2,fsdp:2,model:4", devices_of(4)).devices)
+    assert (grid == grid[..., :1]).all()
+    assert grid[:, :, 0, 0].tolist() == [[0, 1], [2, 3]]
+
+
+def grid_of(processes: Any) -> Any:
+    """A mesh of `data` and `fsdp`, of devices that belong to these processes."""
+    owners = np.array(processes)
+    devices = np.vectorize(lambda owner: FakeDevice(0, int(owner)))(owners)
+    sizes = dict(zip(sharding.AXES, (*owners.shape, 1, 1), strict=True))
+    return SimpleNamespace(devices=devices.reshape(*owners.shape, 1, 1), shape=sizes)
+
+
+def test_the_rows_of_a_process_need_not_be_neighbours() -> None:
+    # The order that `jax.make_mesh` gives a TPU v5e of 4 x 4 chips, four a process: a ring through all of them, and
+    # rings of four.
+    ring = grid_of([[0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0]])
+    square = grid_of([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
+    for mesh in (ring, square):
+        assert [sharding.batch_share(mesh, process) for process in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+@pytest.mark.parametrize("processes", [[[0, 0, 1, 2]], [[0, 0, 0, 1]]])
+def test_rows_that_cannot_be_fed_in_equal_parts(processes: Any) -> None:
+    with pytest.raises(InputError, match=r"mesh fsdp:4: its processes hold the parts \[0, 1(, 2)?\], .* of a batch's"):
+        sharding.batch_share(grid_of(processes), 0)
+
+
+def test_processes_that_share_some_of_their_rows_are_refused() -> None:
+    mesh = SimpleNamespace(
+        devices=np.array([FakeDevice(0, owner) for owner in (0, 0, 0, 1, 1, 1)]).reshape(3, 1, 1, 2),
+        shape={"data": 3, "fsdp": 1, "context": 1, "model": 2},
+    )
+    with pytest.raises(InputError, match=r"mesh data:3,model:2: .* parts \[0, 1\], \[1, 2\] of"):
+        sharding.batch_share(mesh, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "across"),
+    [("", "data"), ("data:2,model:8", "data"), ("data:8,fsdp:2", "data"), ("fsdp:8,model:2", "fsdp")],
+)
+def test_tpu_slices_differ_in_data_or_fsdp(text: str, across: str) -> None:
+    mesh = make_mesh(text, devices_of(4, slices=2))
+    grid = np.moveaxis(np.vectorize(lambda device: device.slice_index)(mesh.devices), sharding.AXES.index(across), 0)
+    half = len(grid) // 2
+    assert (grid[:half] == 0).all()
+    assert (grid[half:] == 1).all()
+
+
+def test_tpu_slices_that_no_axis_divides_over() -> None:
+    with pytest.raises(InputError, match="mesh 'model:16': data 1 or fsdp 1 must be a multiple of the 2 TPU slices"):
+        make_mesh("model:16", devices_of(4, slices=2))
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "state", "memory", "embed", "mesh"),
+    [
+        (8, 1, 1e12, None, 512, "data:8"),  # a CPU says nothing of its memory
+        (1, 1, 1e9, 16e9, 512, "data:1"),
+        (8, 1, 8e9, 16e9, 512, "data:8"),
+        (8, 1, 9e9, 16e9, 512, "fsdp:8"),
+        (8, 2, 9e9, 16e9, 512, "data:2,fsdp:4"),
+        (16, 4, 32e9, 16e9, 512, "data:4,fsdp:4"),
+        (16, 4, 33e9, 16e9, 512, "fsdp:16"),
+        (16, 4, 1e15, 16e9, 512, "fsdp:16"),  # which does not fit either
+        (16, 16, 9e9, 16e9, 512, "fsdp:16"),  # one device a process
+        (12, 1, 9e9, 16e9, 512, "data:3,fsdp:4"),  # what divides the width of the model
+        (12, 2, 60e9, 16e9, 516, "fsdp:12"),
+        (6, 1, 9e9, 16e9, 0, "fsdp:6"),
+    ],
+)
+def test_default_mesh(devices: int, processes: int, state: float, memory: float | None, embed: int, mesh: str) -> None:
+    assert sharding.default_mesh(devices, processes, state, memory, embed) == mesh
+    parse_mesh(mesh, devices)
