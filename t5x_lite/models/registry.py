@@ -77,7 +77,7 @@ _FILES: tuple[Family, ...] = (t5, bart, gpt, llama, bert)
 
 PRESETS: dict[str, TransformerConfig] = {name: config for file in _FILES for name, config in file.PRESETS.items()}
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def module_for(config: TransformerConfig) -> Family:
@@ -116,8 +116,8 @@ def build(config: TransformerConfig | str, dtype: Any = "float32", remat: str = 
 
     Args:
       config: the shape of the model.
-      dtype: of the computation, float32 or bfloat16; parameters stay float32.
-      remat: what the backward pass recomputes: `none`, `minimal` (keeps matrix products) or `full`.
+      dtype: of the computation, float32, bfloat16 or float16; parameters stay float32.
+      remat: what the backward pass recomputes: `none`, `minimal` (keeps matrix products), `full` or `offload`.
 
     Raises:
       InputError: unknown preset, dtype or remat policy.

@@ -1,7 +1,6 @@
 """The training loop: everything of the other rooms, joined."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.training.checkpoints import Checkpointer, load_params
 from t5x_lite.training.monitor import MetricsLog
+from t5x_lite.training.nonfinite import NonFinite
 from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import TrainState, abstract_state, init_state
@@ -110,7 +110,7 @@ def _train(
     tx = make_optimizer(
         opt.name, schedule, model.logical_axes(), clip_norm=opt.clip_norm, weight_decay=opt.weight_decay
     )
-    abstract = abstract_state(model, tx, mesh)
+    abstract = abstract_state(model, tx, mesh, ema=bool(config.train.ema_decay))
     if run_directory.has_begun(out):
         for note in run_directory.check_same_run(out, config, fingerprint):
             observer.note(note)
@@ -129,6 +129,16 @@ def _train(
     finally:
         checkpointer.close()
     return TrainResult(config, state, metrics, tokenizer, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A step that was started and not reported yet."""
+
+    step: int
+    metrics: Any
+    tokens: int
+    batch: Any
 
 
 @dataclasses.dataclass
@@ -160,25 +170,29 @@ class _Run:
             microbatches=cfg.microbatches,
             z_loss=cfg.z_loss,
             seed=cfg.seed,
+            ema_decay=cfg.ema_decay,
+            halt_above=int(state.skipped) if cfg.nonfinite == "stop" and state.loss_scale is None else None,
         )
         self.eval_step = make_eval_step(self.model, self.mesh)
+        self.non_finite = NonFinite(cfg.nonfinite)
         self.clock, self.waited = time.perf_counter(), 0.0
         metrics: Mapping[str, float] = {}
-        pending: tuple[int, Any, int] | None = None
+        pending: _Made | None = None
         done = int(state.step)
-        load = dataset.loader(done, jax.process_index(), jax.process_count())
-        for index, batch in self._timed(prefetch(load, done, cfg.steps, workers=self.config.data.workers)):
-            tokens = sum(int(np.sum(value > 0)) for key, value in batch.items() if key.endswith("_segment_ids"))
+        load = dataset.loader(done, *sharding.batch_share(self.mesh))
+        for index, rows in self._timed(prefetch(load, done, cfg.steps, workers=self.config.data.workers)):
+            tokens = sum(int(np.sum(value > 0)) for key, value in rows.items() if key.endswith("_segment_ids"))
+            batch = sharding.put_batch(self.mesh, rows)
             # The copy to the devices and the step are queued behind the step before, which may still be running.
-            state, step_metrics = train_step(state, sharding.put_batch(self.mesh, batch))
+            state, step_metrics = train_step(state, batch)
             self.checkpointer.seal_finished()
             # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
-            self._report(pending)
-            step, pending = index + 1, (index + 1, step_metrics, tokens)
+            self._report(pending, state)
+            step, pending = index + 1, _Made(index + 1, step_metrics, tokens, batch)
             last = step == cfg.steps
             evaluating, saving = last or _due(step, cfg.eval_every), last or _due(step, cfg.checkpoint_every)
             if evaluating or saving:
-                self._report(pending)
+                self._report(pending, state)
                 pending = None
             if evaluating:
                 metrics = self._evaluate(state, step)
@@ -197,36 +211,44 @@ class _Run:
                 return
             yield found
 
-    def _report(self, pending: tuple[int, Any, int] | None) -> None:
-        if pending is None:
+    def _report(self, made: "_Made | None", state: TrainState) -> None:
+        if made is None:
             return
-        step, metrics, tokens = pending
-        record = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        step = made.step
+        record = {"step": step, **{name: float(value) for name, value in jax.device_get(made.metrics).items()}}
         now = time.perf_counter()
-        record["tokens_per_second"] = tokens / (now - self.clock)
+        record["tokens_per_second"] = made.tokens / (now - self.clock)
         record["data_wait"] = self.waited / (now - self.clock)
         self.clock, self.waited = now, 0.0
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
+        if why := self.non_finite.reason_to_stop(record):
             self.checkpointer.wait()  # one may still be on its way to the disk
             kept = self.checkpointer.steps()
             raise FloatingPointError(
-                f"step {step}: the loss is {record['loss']} and the gradient norm {record['gradient_norm']}; "
+                f"step {step}: {why}; "
                 + (f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet")
             )
+        if not record["finite"]:
+            self.observer.note(f"step {step} was skipped: {_overflow(record)}")
         self.observer.step(record, self.config.train.steps)
         if _due(step, self.config.train.log_every) or step in (1, self.config.train.steps):
             self.log.write(record)
 
     def _evaluate(self, state: TrainState, step: int, log: bool = True) -> Mapping[str, float]:
-        batches = self.validation.eval_batches(jax.process_index(), jax.process_count())
+        batches = self.validation.eval_batches(*sharding.batch_share(self.mesh))
         metrics = evaluate(
-            self.eval_step, state.params, batches, self.tokenizer, self.mesh, self.config.train.eval_batches
+            self.eval_step, state.averaged, batches, self.tokenizer, self.mesh, self.config.train.eval_batches
         )
         record = {"step": step, "split": "validation", **metrics}
         if log:
             self.log.write(record)
         self.observer.evaluation(record)
         return metrics
+
+
+def _overflow(record: Mapping[str, float]) -> str:
+    if "loss_scale" in record:
+        return f"float16 overflowed with the loss scaled by {record['loss_scale']:g}"
+    return f"the loss is {record['loss']} and the gradient norm {record['gradient_norm']}"
 
 
 def _due(step: int, every: int) -> bool:
@@ -262,15 +284,16 @@ def _first_state(
     if state is not None:
         observer.note(f"continuing {config.out} from step {int(state.step)}")
         return state
+    ema = bool(config.train.ema_decay)
     if not config.init_from:
-        return init_state(model, tx, mesh, config.train.seed)
+        return init_state(model, tx, mesh, config.train.seed, ema=ema)
     if (run_path(config.init_from) / "config.yaml").exists():
         params, _, notes = load_params(config.init_from, abstract.params)
         for note in notes:
             observer.note(note)
     else:
         params = checkpoints.load_params(config.init_from, config.model, abstract.params)
-    return init_state(model, tx, mesh, config.train.seed, params)
+    return init_state(model, tx, mesh, config.train.seed, params, ema=ema)
 
 
 def _announce(

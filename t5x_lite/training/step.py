@@ -163,6 +163,7 @@ def make_train_step(
     seed: int = 0,
     ema_decay: float = 0.0,
     trained: Any = None,
+    halt_above: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the compiled, donating `(state, batch) -> (next state, metrics)`.
 
@@ -179,6 +180,8 @@ def make_train_step(
       seed: of dropout, together with the step.
       ema_decay: of the running mean of the parameters, if the state has one.
       trained: tree of bools, which parameters are trained; by default all.
+      halt_above: once more steps than this have been skipped, nothing changes any more: the state stays the one that
+        went wrong, although another step is under way by the time somebody looks.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -195,9 +198,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         done = state.step - state.skipped
         ema = None if state.ema is None else ema_update(state.ema, params, ema_decay, done)
+        moves = finite if halt_above is None else finite & (state.skipped <= halt_above)
         kept = state.params, state.opt_state, state.ema
         params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), kept
+            lambda new, old: jnp.where(moves, new, old), (params, opt_state, ema), kept
         )
         tokens = jnp.maximum(sums.weight, 1.0)
         metrics = {

@@ -254,7 +254,7 @@ def test_stops_at_a_loss_that_is_not_finite(tiny_settings: list[str], tmp_path: 
         def call(state, batch):
             state, metrics = step(state, batch)
             if int(state.step) == 6:
-                metrics = {**metrics, "loss": metrics["loss"] * float("nan")}
+                metrics = {**metrics, "loss": metrics["loss"] * float("nan"), "finite": metrics["finite"] * 0}
             return state, metrics
 
         return call

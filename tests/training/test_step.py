@@ -52,12 +52,21 @@ class Run:
     after: TrainState
 
 
-def train(config: TransformerConfig, params: Any, batches: list[Any], mesh_text: str | None, **options: Any) -> Run:
-    model = build(config)
+def train(
+    config: TransformerConfig,
+    params: Any,
+    batches: list[Any],
+    mesh_text: str | None,
+    *,
+    dtype: str = "float32",
+    ema: bool = False,
+    **options: Any,
+) -> Run:
+    model = build(config, dtype)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh_text is None else make_mesh(mesh_text)
     schedule = make_schedule("inverse_square_root", 0.1, 4, STEPS)
     tx = make_optimizer("adafactor", schedule, model.logical_axes())
-    before = state = init_state(model, tx, mesh, seed=0, params=params)
+    before = state = init_state(model, tx, mesh, seed=0, params=params, ema=ema)
     step = make_train_step(model, tx, schedule, mesh, state, **options)
     metrics = []
     for batch in batches:
@@ -85,8 +94,9 @@ def test_metrics(one_device: Run, batches: list[Any]) -> None:
         assert 0 <= metrics["accuracy"] <= 1
         for norm in norms:
             parts = [value for name, value in metrics.items() if name.startswith(f"{norm}/")]
-            assert metrics[norm] == pytest.approx(np.linalg.norm(parts), rel=1e-5) > 0
-        assert metrics["finite"] == 1 and metrics["skipped"] == 0
+            assert metrics[norm] == pytest.approx(np.linalg.norm(parts), rel=1e-5)
+            assert metrics[norm] > 0
+        assert (metrics["finite"], metrics["skipped"]) == (1, 0)
         assert metrics["z_loss"] > 0
     assert int(one_device.after.step) == STEPS
     assert one_device.metrics[-1]["loss"] < one_device.metrics[0]["loss"]
@@ -113,6 +123,84 @@ def test_evaluation_has_neither_dropout_nor_z_loss(config: Any, params: Any, bat
     total = np.sum(np.asarray(expected) * batch["decoder_loss_weights"])
     assert float(first.cross_entropy) == pytest.approx(total, rel=1e-5)
     assert first.weight == np.sum(batch["decoder_loss_weights"])
+
+
+# --- steps that are not finite, float16, a running mean ---------------------------------------------------------------
+
+
+def infinite(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same batch with a loss that is not finite."""
+    return batch | {"decoder_loss_weights": batch["decoder_loss_weights"] * np.float32(np.inf)}
+
+
+def same(a: Any, b: Any) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(config: Any, params: Any, batches: list[Any]) -> None:
+    first, second = batches[:2]
+    left_out = train(config, params, [first, infinite(second)], None, z_loss=1e-4, ema_decay=0.9, ema=True)
+    alone = train(config, params, [first], None, z_loss=1e-4, ema_decay=0.9, ema=True)
+    for part in ("params", "opt_state", "ema"):
+        assert same(getattr(left_out.after, part), getattr(alone.after, part)), part
+    assert (int(left_out.after.step), int(left_out.after.skipped)) == (2, 1)
+    assert [m["finite"] for m in left_out.metrics] == [1, 0]
+    # Neither the optimizer nor the schedule counts the step that was left out.
+    resumed = train(config, params, [first, infinite(second), *batches[1:6]], None, z_loss=1e-4)
+    assert resumed.metrics[-1]["learning_rate"] == pytest.approx(0.1 / 5**0.5)
+    assert resumed.metrics[-1]["skipped"] == 1
+    undisturbed = train(config, params, batches[:6], None, z_loss=1e-4)
+    np.testing.assert_array_equal(
+        jax.tree.leaves(resumed.after.opt_state)[0], jax.tree.leaves(undisturbed.after.opt_state)[0]
+    )
+
+
+def test_a_halted_run_stays_where_it_went_wrong(config: Any, params: Any, batches: list[Any]) -> None:
+    first, second, third = batches[:3]
+    halted = train(config, params, [first, infinite(second), third], None, z_loss=1e-4, halt_above=0)
+    alone = train(config, params, [first], None, z_loss=1e-4, halt_above=0)
+    assert same(halted.after.params, alone.after.params)
+    assert halted.metrics[2]["finite"] == 1
+    assert int(halted.after.skipped) == 1
+
+
+def test_float16_finds_its_loss_scale(config: Any, params: Any, batches: list[Any]) -> None:
+    plain = dataclasses.replace(config, dropout_rate=0.0)
+    exact = train(plain, params, batches, None)
+    halves = train(plain, params, batches, None, dtype="float16")
+    assert exact.after.loss_scale is None
+    # An overflow, if there is one, halves the scale and is left out; the others follow float32.
+    scales = [m["loss_scale"] for m in halves.metrics]
+    assert scales[0] == 2.0**16
+    assert float(halves.after.loss_scale.scale) == 2.0**16 / 2 ** int(halves.after.skipped)
+    if not int(halves.after.skipped):
+        # Float16 has 11 bits: sums of products are good to about 1e-3.
+        np.testing.assert_allclose([m["loss"] for m in halves.metrics], [m["loss"] for m in exact.metrics], rtol=5e-3)
+    assert jax.tree.leaves(halves.after.params)[0].dtype == np.float32
+
+
+def test_an_overflow_of_float16_halves_the_scale(config: Any, params: Any, batches: list[Any]) -> None:
+    run = train(config, params, [infinite(batches[0]), batches[1]], None, dtype="float16")
+    assert [m["loss_scale"] for m in run.metrics] == [2.0**16, 2.0**15]
+    assert run.metrics[0]["finite"] == 0
+
+
+def test_the_running_mean_follows_the_parameters(config: Any, params: Any, batches: list[Any]) -> None:
+    one, two = (train(config, params, batches[:n], None, ema_decay=0.15, ema=True).after for n in (1, 2))
+    # The first update keeps (1 + 0) / (10 + 0) of the mean, the second min(0.15, 2 / 11).
+    first = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * np.asarray(new), params, one.params)
+    second = jax.tree.map(lambda mean, new: 0.15 * mean + 0.85 * np.asarray(new), first, two.params)
+    for state, wanted in ((one, first), (two, second)):
+        # A product of float32 numbers, rounded once more.
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), state.averaged, wanted)
+    assert train(config, params, batches[:1], None).after.averaged is not None
+
+
+def test_frozen_parameters_have_no_gradient(config: Any, params: Any, batches: list[Any]) -> None:
+    trained = jax.tree_util.tree_map_with_path(lambda path, _: "encoder" not in jax.tree_util.keystr(path), params)
+    (metrics,) = train(config, params, batches[:1], None, trained=trained).metrics
+    assert all(value == 0 for name, value in metrics.items() if name.startswith("gradient_norm/encoder"))
+    assert metrics["gradient_norm/decoder/layers/mlp"] > 0
 
 
 # --- meshes ---------------------------------------------------------------------------------------------------------
