@@ -1,56 +1,73 @@
-"""Checkpoints: written in the background, checked when read, never the only copy.
+"""Checkpoints: written in the background, checked when written and when read, never the only copy.
 
-A checkpoint is an Orbax directory `<step>/` with the items `params` and `optimizer`, restored onto any mesh. Orbax
-renames a directory into place when it is complete, so one that was cut short is never taken for a checkpoint. It does
-not notice a changed byte in array data, so this module adds `checksums.json` to every finished checkpoint.
+A checkpoint is a directory `<step>/` with the items `params`, `optimizer`, `progress` and, where there is one, `ema`,
+each written by Orbax and restored onto any mesh. It is made under another name and gets its own when it is complete,
+has been read back and is sealed (see `integrity`): so what is called a checkpoint is one.
 """
 
+import asyncio
 import errno
-import hashlib
 import itertools
-import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
+from etils import epath
 
 from t5x_lite.errors import InputError
 from t5x_lite.run_directory import UNREADABLE, complete_steps, has_begun
+from t5x_lite.training import checkpoint_files, integrity
+from t5x_lite.training.agreement import Agreement
+from t5x_lite.training.checkpoint_files import Record, first_line, read_record, stored_arrays, why_kept
+from t5x_lite.training.integrity import UnreadableCheckpoint
+from t5x_lite.training.precision import initial_loss_scale
 from t5x_lite.training.state import TrainState
 
-CHECKSUMS = "checksums.json"
+PARTIAL, DELETED = ".partial", ".deleted"  # suffixes of what is being made, and of what is going
+MARGIN = 1.05  # of free space over the arrays' bytes: for the files that describe them, and whatever else is written
+
+# Arrays are stored as they are: compressing them saved 8 % of the disk, and took four times the processor's time and
+# up to 1.5 times the state in memory. In parts of at most this size, so that reading one needs no more memory.
+_PART_BYTES = 32 * 2**20
 
 
 class Checkpointer:
-    """Saves and restores the states of one run.
+    """Saves and restores the states of one run. With several processes all call the same methods in the same order.
 
     Args:
-      directory: the run's `checkpoints/`; created if it is missing.
+      directory: the run's `checkpoints/`, which all processes see; created if it is missing.
       keep: how many of the latest checkpoints to keep, beside the one with the lowest validation loss.
+      keep_every: checkpoints of steps that divide by this are kept for good; 0: none are.
+      timeout: seconds that processes wait for each other, and for the disk.
+      saved: called in process 0, from another thread, with the step of every checkpoint that is complete.
     """
 
-    def __init__(self, directory: Path, keep: int = 3):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 3,
+        *,
+        keep_every: int = 0,
+        timeout: float = 600.0,
+        saved: Callable[[int], None] | None = None,
+    ):
         self.directory = Path(directory).absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._unsealed = True  # a run that was killed may have left a complete checkpoint without its seal
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1),
-                    ]
-                ),
-                cleanup_tmp_directories=True,
-            ),
-        )
+        self._keep, self._keep_every, self._saved = keep, keep_every, saved
+        self._agreement = Agreement(timeout)
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, Exception] | None = None
+        if self._agreement.index == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.directory)
 
     def save(self, state: TrainState, loss: float | None = None) -> None:
         """Starts to write `state`; returns when it has been copied from the devices.
@@ -62,50 +79,49 @@ class Checkpointer:
         Raises:
           InputError: the disk has no room. The checkpoints that were there stay.
         """
-        step = int(state.step)
         self.wait()
-        needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise self._disk_full(step, f"needs {needed / 1e6:.3g} MB, {free / 1e6:.3g} MB are free")
+        step = int(state.step)
+        partial = self.directory / f".{step}{PARTIAL}"
+        items = _items(state)
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(state.opt_state)
-                ),
-                metrics={"loss": math.inf if loss is None else loss},
-            )
-            self._unsealed = True
+            self._agreement.together("room", lambda: self._check_room(step, items))
+            self._agreement.first("prepared", lambda: _make_directories(partial, items))
+            writing = self._agreement.together  # a process that cannot copy must not leave the others waiting
+            pending: list[Any] = []
+            writing("copied", lambda: pending.extend(_start_writing(partial, items)))
         except Exception as error:
-            raise self._save_failed(step, error) from error
+            self._discard(partial)
+            raise self._explained(step, error) from error
+        prints = {name: integrity.fingerprint(array) for name, array in _named(items)}
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, partial, list(items), pending, prints, loss), name="save", daemon=True
+        )
+        self._thread.start()
 
     def wait(self) -> None:
-        """Waits until everything saved is on disk and sealed with checksums.
+        """Waits until everything saved is on disk, has been read back, and is sealed.
 
         Raises:
           InputError: the disk was full; the previous checkpoints stay.
+          TimeoutError: another process did not do its part in time; the message names it.
+          RuntimeError: what was read back is not what was saved; the message names the array.
         """
-        try:
-            self._manager.wait_until_finished()
-            self.seal_finished()
-        except Exception as error:
-            raise self._save_failed(None, error) from error
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            (step, error), self._failure = self._failure, None
+            raise self._explained(step, error) from error
 
     def seal_finished(self) -> None:
-        """Seals the checkpoint that was being written, if it is complete by now; quick enough to call at every step."""
-        if self._unsealed and not self._manager.is_saving_in_progress():
-            self._unsealed = False
-            if jax.process_index() == 0:
-                for step in self.steps():
-                    seal(self.directory / str(step))
+        """Does nothing any more: a checkpoint is sealed by the thread that writes it."""
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, ascending."""
         return complete_steps(self.directory)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState | None, list[str]]:
-        """Restores the latest checkpoint that can be read.
+        """Restores the latest checkpoint that can be read; which that is, process 0 decides.
 
         Those after it are renamed to `<step>.unreadable`: nothing is lost, and their steps can be saved again.
 
@@ -119,118 +135,120 @@ class Checkpointer:
           InputError: there are checkpoints, and none can be read; they stay as they are.
         """
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        steps = self._agreement.first("steps", self.steps)
+        begun = self._agreement.first("begun", lambda: has_begun(self.directory.parent))
+        for step in reversed(steps):
             try:
-                items = read(self.directory / str(step), {"params": abstract.params, "optimizer": abstract.opt_state})
+                found, notes = _read_together(self.directory / str(step), _items(abstract), self._agreement)
             except UnreadableCheckpoint as error:
                 damaged[step] = str(error)
                 continue
-            notes = [f"{why}; set aside as {self._set_aside(bad)}" for bad, why in damaged.items()]
-            layout = abstract.step.sharding
-            state = TrainState(
-                step=jax.device_put(jax.numpy.int32(step), layout),
-                params=items["params"],
-                opt_state=items["optimizer"],
-                skipped=jax.device_put(jax.numpy.int32(0), layout),
-            )
-            return state, notes
-        if damaged or has_begun(self.directory.parent):
+            names = self._agreement.first("set aside", lambda: [self._set_aside(bad) for bad in damaged])
+            passed = [f"{why}; set aside as {name}" for why, name in zip(damaged.values(), names, strict=True)]
+            return _state(step, found, abstract), passed + notes
+        if damaged or begun:
             why = "; ".join(damaged.values()) or "all have been set aside"
             raise InputError(f"no readable checkpoint is left in {self.directory}: {why}")
         return None, []
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self.wait()
+
+    def _check_room(self, step: int, items: dict[str, Any]) -> None:
+        # The processes write to one disk: the first looks for room for all of them, the others for their own part.
+        leaves = jax.tree.leaves(items)
+        bytes_of = (lambda x: x.nbytes) if self._agreement.index == 0 else _local_bytes
+        needed = MARGIN * sum(bytes_of(x) for x in leaves)
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise self._disk_full(step, f"needs {needed / 1e6:.3g} MB, {free / 1e6:.3g} MB are free")
+
+    def _finish(
+        self,
+        step: int,
+        partial: Path,
+        items: list[str],
+        pending: list[Any],
+        prints: dict[str, jax.Array],
+        loss: float | None,
+    ) -> None:
+        agreement = self._agreement
+        mine = (agreement.index, agreement.count)
+        try:
+            agreement.together("written", lambda: _wait_for(pending, agreement.timeout))
+            fingerprints = {name: int(value) for name, value in prints.items()}
+            record = Record(time.time(), loss, fingerprints)
+            agreement.first("merged", lambda: _complete(partial, items, record))
+            found = agreement.together("read back", lambda: _check_written(partial, fingerprints, mine))
+            sums = {name: digest for part in found for name, digest in part.items()}
+            agreement.first("kept", lambda: self._keep_it(step, partial, dict(sorted(sums.items()))))
+        except Exception as error:
+            self._failure = step, error
+            self._discard(partial)
+
+    def _keep_it(self, step: int, partial: Path, sums: dict[str, str]) -> None:
+        integrity.seal(partial, sums)
+        final = self.directory / str(step)
+        partial.rename(final)
+        _to_disk(self.directory)
+        if self._saved is not None:
+            self._saved(step)
+        losses = {step: _loss(self.directory / str(step)) for step in self.steps()}
+        for old, reasons in why_kept(losses, self._keep, self._keep_every).items():
+            if not reasons:
+                # In one moment no checkpoint any more: one that is half deleted must not be taken for one.
+                going = self.directory / f".{old}{DELETED}"
+                (self.directory / str(old)).rename(going)
+                shutil.rmtree(going, ignore_errors=True)
+
+    def _discard(self, partial: Path) -> None:
+        if self._agreement.index == 0:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _set_aside(self, step: int) -> str:
         names = (f"{step}{'' if n == 1 else f'-{n}'}{UNREADABLE}" for n in itertools.count(1))
         name = next(name for name in names if not (self.directory / name).exists())
         (self.directory / str(step)).rename(self.directory / name)
-        self._manager.reload()
         return name
 
-    def close(self) -> None:
-        """Waits for the last save and releases the threads."""
-        self.wait()
-        self._manager.close()
-
-    def _save_failed(self, step: int | None, error: Exception) -> Exception:
+    def _explained(self, step: int, error: Exception) -> Exception:
         text = str(error)
         # TensorStore reports system errors as text.
         numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         full = getattr(error, "errno", None) in numbers or any(os.strerror(number) in text for number in numbers)
         return self._disk_full(step, "the disk is full") if full else error
 
-    def _disk_full(self, step: int | None, why: str) -> InputError:
+    def _disk_full(self, step: int, why: str) -> InputError:
         kept = self.steps()
-        which = "the checkpoint" if step is None else f"the checkpoint of step {step}"
         last = f"the one of step {kept[-1]} is kept" if kept else "there is no earlier one"
-        return InputError(f"could not save {which} in {self.directory}: {why}; {last}; free some space and run again")
-
-
-class UnreadableCheckpoint(Exception):
-    """A checkpoint directory that cannot be restored; the message says why, in one line."""
-
-
-def seal(path: Path) -> None:
-    """Writes the checksums of a complete checkpoint beside its files, unless they are there."""
-    target = path / CHECKSUMS
-    if not target.exists():
-        partial = path / f"{CHECKSUMS}.partial"
-        partial.write_text(json.dumps(_checksums(path), indent=1))
-        partial.rename(target)
-
-
-def verify(path: Path) -> bool:
-    """Compares a checkpoint's files with its checksums.
-
-    Returns:
-      Whether there are any; a process that is killed between writing and sealing leaves none.
-
-    Raises:
-      UnreadableCheckpoint: a file is missing or has changed; the message names the first.
-    """
-    try:
-        expected = json.loads((path / CHECKSUMS).read_text())
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        raise UnreadableCheckpoint(f"checkpoint {path} is damaged: {CHECKSUMS} cannot be read") from None
-    found = _checksums(path)
-    bad = [name for name, digest in expected.items() if found.get(name) != digest]
-    if bad:
-        raise UnreadableCheckpoint(
-            f"checkpoint {path} is damaged: {bad[0]} " + ("has changed" if bad[0] in found else "is missing")
+        return InputError(
+            f"could not save the checkpoint of step {step} in {self.directory}: {why}; {last};"
+            " free some space and run again"
         )
-    return True
 
 
-def read(path: Path, items: dict[str, Any]) -> dict[str, Any]:
+def read(path: Path, items: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Restores items of one checkpoint, each array directly in the layout asked for.
 
     Args:
       path: `checkpoints/<step>`.
-      items: `params` and/or `optimizer`, each a tree of `jax.ShapeDtypeStruct`s with shardings.
+      items: `params`, `optimizer`, ..., each a tree of `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      The items, and a line about each file that does not belong there.
 
     Raises:
       UnreadableCheckpoint: it is damaged.
       InputError: it is sound, but its arrays have other names or shapes than asked for.
     """
-    sealed = verify(path)
-    out = {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for name, abstract in items.items():
-            try:
-                _check_shapes(path, checkpointer.metadata(path / name).item_metadata.tree, abstract)
-                out[name] = checkpointer.restore(path / name, abstract)
-            except InputError:
-                raise
-            except Exception as error:
-                if sealed:  # every byte is as it was written, so the fault lies elsewhere
-                    raise
-                raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
-    return out
+    return _read_together(path, items, None)
 
 
 def load_params(path: str | Path, abstract: Any) -> tuple[Any, Path, list[str]]:
     """Restores parameters from a run directory (its latest readable checkpoint) or from one checkpoint.
+
+    Of a run that keeps a running mean of its parameters (`train.ema_decay`) that mean is loaded, not the last ones.
 
     Args:
       path: run directory or checkpoint.
@@ -244,8 +262,10 @@ def load_params(path: str | Path, abstract: Any) -> tuple[Any, Path, list[str]]:
     """
     notes: list[str] = []
     for checkpoint in _candidates(Path(path).expanduser()):
+        item = "ema" if (checkpoint / "ema").is_dir() else "params"
         try:
-            return read(checkpoint, {"params": abstract})["params"], checkpoint, notes
+            found, remarks = read(checkpoint, {item: abstract})
+            return found[item], checkpoint, notes + remarks
         except UnreadableCheckpoint as error:
             notes.append(str(error))
     raise InputError("; ".join(notes) or f"{path} holds no checkpoint")
@@ -258,37 +278,157 @@ def save_params(path: Path, params: Any) -> None:
       path: `checkpoints/<step>`; must not exist yet.
       params: tree of arrays.
     """
-    partial = path.absolute().with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", params)
-    seal(partial)
+    partial = path.absolute().with_name(f".{path.name}{PARTIAL}")
+    items = {"params": params}
+    _make_directories(partial, items)
+    _wait_for(_start_writing(partial, items), None)
+    fingerprints = {name: int(integrity.fingerprint(array)) for name, array in _named(items)}
+    _complete(partial, list(items), Record(time.time(), None, fingerprints))
+    integrity.seal(partial, _check_written(partial, fingerprints, (0, 1)))
     partial.rename(path)
 
 
-def _candidates(path: Path) -> Iterator[Path]:
-    if path.parent.name == "checkpoints":
-        if not path.is_dir():
-            steps = ", ".join(map(str, complete_steps(path.parent))) or "none"
-            raise InputError(f"there is no checkpoint {path}; steps that are there: {steps}")
-        yield path.absolute()
-    else:
-        for step in reversed(complete_steps(path / "checkpoints")):
-            yield (path / "checkpoints" / str(step)).absolute()
+def _items(state: TrainState) -> dict[str, Any]:
+    progress = {"skipped": state.skipped}
+    if state.loss_scale is not None:
+        progress["loss_scale"] = state.loss_scale
+    items = {"params": state.params, "optimizer": state.opt_state, "progress": progress, "ema": state.ema}
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
-def _check_shapes(path: Path, stored: Any, abstract: Any) -> None:
-    def by_name(tree: Any) -> dict[str, tuple[int, ...]]:
-        named = jax.tree_util.tree_flatten_with_path(tree)[0]
-        # Named tuples of the optimizer come back as dicts: compare the plain names on the way to each leaf.
-        return {
-            "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in keys): tuple(
-                leaf.shape
-            )
-            for keys, leaf in named
+def _state(step: int, found: dict[str, Any], abstract: TrainState) -> TrainState:
+    def put(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        host = np.asarray(value, like.dtype)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: host[index])
+
+    progress = found.get("progress")
+    if progress is None:  # a checkpoint from before there was any
+        scale = None if abstract.loss_scale is None else initial_loss_scale("float16")
+        progress = {
+            "skipped": put(0, abstract.skipped),
+            "loss_scale": jax.tree.map(put, scale, abstract.loss_scale),
         }
+    return TrainState(
+        step=put(step, abstract.step),
+        params=found["params"],
+        opt_state=found.get("optimizer", abstract.opt_state),  # one without arrays is what it is
+        skipped=progress["skipped"],
+        loss_scale=progress.get("loss_scale"),
+        ema=found.get("ema"),
+    )
 
-    have, want = by_name(stored), by_name(abstract)
+
+def _handler() -> Any:
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _make_directories(partial: Path, items: dict[str, Any]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in items:
+        (partial / name).mkdir(parents=True)
+
+
+def _start_writing(partial: Path, items: dict[str, Any]) -> list[Any]:
+    """Copies this process's part of the arrays from its devices, and returns what to wait for until it is written."""
+
+    async def start() -> list[Any]:
+        pending = []
+        for name, tree in items.items():
+            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PART_BYTES), tree)
+            args = ocp.args.PyTreeSave(tree, save_args=save_args)
+            pending += await _handler().async_save(epath.Path(partial / name), args=args) or []
+        return pending
+
+    with ThreadPoolExecutor(1) as pool:  # whoever calls may have an event loop of its own, as notebooks do
+        return pool.submit(asyncio.run, start()).result()
+
+
+def _wait_for(pending: list[Any], timeout: float | None) -> None:
+    end = None if timeout is None else time.monotonic() + timeout
+    for future in pending:
+        future.result(timeout=None if end is None else max(1, math.ceil(end - time.monotonic())))
+
+
+def _complete(partial: Path, items: list[str], record: Record) -> None:
+    for name in items:
+        _handler().finalize(epath.Path(partial / name))
+    checkpoint_files.write_record(partial, record)
+
+
+def _check_written(partial: Path, fingerprints: dict[str, int], share: tuple[int, int]) -> dict[str, str]:
+    """Reads back this process's share of files and arrays; returns the digests of the files.
+
+    Raises:
+      RuntimeError: an array is not what was saved.
+    """
+    found = integrity.digests(partial, share, fresh=True)
+    arrays = stored_arrays(partial)
+    if arrays.keys() != fingerprints.keys():
+        raise RuntimeError(f"{min(arrays.keys() ^ fingerprints.keys())} was not written to {partial} as it was saved")
+    for name in sorted(arrays)[share[0] :: share[1]]:
+        if arrays[name].fingerprint() != fingerprints[name]:
+            raise RuntimeError(
+                f"{name}, as read back from {partial.parent}, is not what was saved: memory or disk cannot be relied on"
+            )
+    return found
+
+
+def _read_together(path: Path, items: dict[str, Any], agreement: Agreement | None) -> tuple[dict[str, Any], list[str]]:
+    """Restores items as `read`; all processes read, and fail, together if they have an agreement."""
+    share = (agreement.index, agreement.count) if agreement else (0, 1)
+
+    def check() -> list[Any]:
+        findings = integrity.compare(path, share)
+        damage = findings.damage
+        if not findings.sealed and (path / checkpoint_files.RECORD).exists():
+            damage = [f"{integrity.SEAL} is missing"]
+        if damage:
+            raise UnreadableCheckpoint(f"checkpoint {path} is damaged: {damage[0]}")
+        return [findings.sealed, [f"{path / name} is no part of the checkpoint: left alone" for name in findings.extra]]
+
+    restored: dict[str, Any] = {}
+
+    def restore() -> None:
+        restored.update(_restore(path, items, sealed))
+
+    if agreement is None:
+        sealed, notes = check()
+        restore()
+    else:
+        sealed, notes = agreement.together("checked", check)[0]
+        agreement.together("restored", restore)
+    expected = read_record(path).fingerprints
+    asked = {name: leaf.dtype for name, leaf in _named(items)}
+    prints = {name: integrity.fingerprint(array) for name, array in _named(restored) if name in expected}
+    stored = {name: array.dtype for name, array in stored_arrays(path).items()}
+    for name, value in prints.items():
+        if stored[name] == asked[name] and int(value) != expected[name]:  # another dtype has other bits
+            raise RuntimeError(f"{name} of checkpoint {path} is not what was saved once it is in memory")
+    return restored, notes
+
+
+def _restore(path: Path, items: dict[str, Any], sealed: bool) -> dict[str, Any]:
+    restored = {}
+    for name, abstract in items.items():
+        if name == "progress" and not (path / name).is_dir():
+            continue
+        try:
+            _check_shapes(path, name, abstract)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+            args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
+            restored[name] = _handler().restore(epath.Path(path / name), args=args)
+        except (InputError, UnreadableCheckpoint):
+            raise
+        except Exception as error:
+            if sealed:  # every byte is as it was written, so the fault lies elsewhere
+                raise
+            raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {first_line(error)}") from error
+    return restored
+
+
+def _check_shapes(path: Path, item: str, abstract: Any) -> None:
+    have = {name: array.shape for name, array in stored_arrays(path).items() if name.startswith(f"{item}/")}
+    want = {name: tuple(leaf.shape) for name, leaf in _named({item: abstract})}
     for name in sorted(want.keys() | have.keys()):
         if have.get(name) != want.get(name):
             raise InputError(
@@ -297,14 +437,47 @@ def _check_shapes(path: Path, stored: Any, abstract: Any) -> None:
             )
 
 
-def _checksums(path: Path) -> dict[str, str]:
-    digests = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and not file.name.startswith(CHECKSUMS):
-            with file.open("rb") as stream:
-                digests[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests
+def _named(items: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns the arrays with their names; those of named tuples are as Orbax stores them, by field."""
+
+    def plain(key: Any) -> str:
+        return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
+
+    flat = jax.tree_util.tree_flatten_with_path(items)[0]
+    return [("/".join(plain(key) for key in keys), leaf) for keys, leaf in flat]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _candidates(path: Path) -> Iterator[Path]:
+    if path.parent.name == "checkpoints":
+        yield checkpoint_files.find_checkpoint(path)
+    else:
+        for step in reversed(complete_steps(path / "checkpoints")):
+            yield (path / "checkpoints" / str(step)).absolute()
+
+
+def _local_bytes(x: jax.Array) -> int:
+    shard = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return shard * sum(part.replica_id == 0 for part in x.addressable_shards)
+
+
+def _loss(path: Path) -> float | None:
+    try:
+        return read_record(path).loss
+    except UnreadableCheckpoint:  # noticed when somebody wants to read it
+        return None
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what saves and deletions that were cut short have left."""
+    for pattern in (f".*{PARTIAL}", f".*{DELETED}", "*.orbax-checkpoint-tmp*"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _to_disk(directory: Path) -> None:
+    """Brings a directory's names to the disk, so that a rename outlives a loss of power."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

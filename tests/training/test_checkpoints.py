@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5x_lite import sharding
 from t5x_lite.errors import InputError
 from t5x_lite.run_directory import complete_steps
-from t5x_lite.training import checkpoints
+from t5x_lite.training import checkpoints, integrity
 from t5x_lite.training.checkpoints import Checkpointer
 from t5x_lite.training.state import TrainState
 
@@ -95,7 +95,7 @@ def remove_an_item(path: Path) -> None:
 
 
 def truncate_unsealed(path: Path) -> None:
-    (path / checkpoints.CHECKSUMS).unlink()
+    (path / integrity.SEAL).unlink()
     truncate(path)
 
 
@@ -144,7 +144,7 @@ def test_a_fault_that_is_not_in_the_files_sets_nothing_aside(tmp_path: Path, mon
     def busy(*args: object, **kwargs: object) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: try again")
 
-    monkeypatch.setattr(checkpoints.ocp.StandardCheckpointer, "restore", busy)
+    monkeypatch.setattr(checkpoints.ocp.PyTreeCheckpointHandler, "restore", busy)
     with pytest.raises(RuntimeError, match="try again"):
         Checkpointer(tmp_path).restore(abstract(make_state(1)))
     assert complete_steps(tmp_path) == [1, 2]
@@ -154,10 +154,10 @@ def test_a_checkpoint_is_sealed_as_soon_as_it_is_complete(tmp_path: Path) -> Non
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(make_state(1))
     deadline = time.monotonic() + 60
-    while not (tmp_path / "1" / checkpoints.CHECKSUMS).exists() and time.monotonic() < deadline:
+    while not (tmp_path / "1" / integrity.SEAL).exists() and time.monotonic() < deadline:
         checkpointer.seal_finished()
         time.sleep(0.01)
-    assert (tmp_path / "1" / checkpoints.CHECKSUMS).exists()
+    assert (tmp_path / "1" / integrity.SEAL).exists()
     checkpointer.close()
 
 
@@ -175,7 +175,7 @@ def test_another_model_is_an_error_not_damage(tmp_path: Path) -> None:
     save_all(tmp_path, [1])
     other = abstract(make_state(1))
     other.params["bias"] = other.opt_state["moment"]
-    with pytest.raises(InputError, match=r"does not fit the model: bias is absent there and \(128,\) here"):
+    with pytest.raises(InputError, match=r"does not fit the model: params/bias is absent there and \(128,\) here"):
         Checkpointer(tmp_path).restore(other)
     assert complete_steps(tmp_path) == [1]
 
