@@ -101,25 +101,24 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh that `text` describes (see `parse_mesh`) over `devices`, by default all of them.
 
-    The last axes, which talk most, get neighbouring devices: those of one process, or on a TPU of one ring. Several
-    TPU slices, between which the network is slow, differ in `data`, or if that does not divide, in `fsdp`.
+    The last axes, which talk most, get neighbouring devices: those of one process, or on a TPU of one ring. Slices,
+    between which the network is slow (of TPUs, or GPUs in several machines), differ in the first axes.
 
     Raises:
-      InputError: as `parse_mesh`; or neither `data` nor `fsdp` divides by the number of slices.
+      InputError: as `parse_mesh`.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = parse_mesh(text, len(devices))
     types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    left = len({getattr(device, "slice_index", 0) for device in devices})
+    if left == 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
-    across = next((name for name in ACTIVATIONS["batch"] or () if sizes[name] % slices == 0), None)
-    if across is None:
-        raise InputError(
-            f"mesh '{text}': data {sizes['data']} or fsdp {sizes['fsdp']} must be a multiple of the {slices} TPU slices"
-        )
-    within = [size // (slices if name == across else 1) for name, size in sizes.items()]
-    between = [slices if name == across else 1 for name in AXES]
+    between = []
+    for size in sizes.values():
+        between.append(math.gcd(size, left))
+        left //= between[-1]
+    within = [size // slices for size, slices in zip(sizes.values(), between, strict=True)]
+    # What `jax.make_mesh` refuses to do.
     grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=types)
 

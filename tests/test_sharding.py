@@ -305,20 +305,22 @@ def test_processes_that_share_some_of_their_rows_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "across"),
-    [("", "data"), ("data:2,model:8", "data"), ("data:8,fsdp:2", "data"), ("fsdp:8,model:2", "fsdp")],
+    ("text", "wanted"),
+    [
+        ("", [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]),
+        ("data:4,model:4", [0, 1, 2, 3]),
+        ("fsdp:8,model:2", [0, 0, 1, 1, 2, 2, 3, 3]),
+        ("data:2,fsdp:8", [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]),
+        ("data:2,fsdp:2,model:4", [0, 1, 2, 3]),
+        ("model:16", [0]),  # slow, but as it was asked for
+    ],
 )
-def test_tpu_slices_differ_in_data_or_fsdp(text: str, across: str) -> None:
-    mesh = make_mesh(text, devices_of(4, slices=2))
-    grid = np.moveaxis(np.vectorize(lambda device: device.slice_index)(mesh.devices), sharding.AXES.index(across), 0)
-    half = len(grid) // 2
-    assert (grid[:half] == 0).all()
-    assert (grid[half:] == 1).all()
-
-
-def test_tpu_slices_that_no_axis_divides_over() -> None:
-    with pytest.raises(InputError, match="mesh 'model:16': data 1 or fsdp 1 must be a multiple of the 2 TPU slices"):
-        make_mesh("model:16", devices_of(4, slices=2))
+def test_slices_differ_in_the_first_axes(text: str, wanted: list[int]) -> None:
+    mesh = make_mesh(text, devices_of(4, slices=4))
+    grid = np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(len(wanted), -1)
+    assert grid[:, 0].tolist() == wanted
+    assert text == "model:16" or (grid == grid[:, :1]).all()
+    assert {device.id for device in mesh.devices.flat} == set(range(16))
 
 
 @pytest.mark.parametrize(
