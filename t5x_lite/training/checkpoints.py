@@ -6,6 +6,7 @@ has been read back and is sealed (see `integrity`): so what is called a checkpoi
 """
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import math
@@ -65,8 +66,8 @@ class Checkpointer:
         self._agreement = Agreement(timeout)
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, Exception] | None = None
+        self.directory.mkdir(parents=True, exist_ok=True)
         if self._agreement.index == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.directory)
 
     def save(self, state: TrainState, loss: float | None = None) -> None:
@@ -82,15 +83,13 @@ class Checkpointer:
         self.wait()
         step = int(state.step)
         partial = self.directory / f".{step}{PARTIAL}"
-        items = _items(state)
+        items, pending = _items(state), list[Any]()
         try:
             self._agreement.together("room", lambda: self._check_room(step, items))
             self._agreement.first("prepared", lambda: _make_directories(partial, items))
-            writing = self._agreement.together  # a process that cannot copy must not leave the others waiting
-            pending: list[Any] = []
-            writing("copied", lambda: pending.extend(_start_writing(partial, items)))
+            self._agreement.together("copied", lambda: pending.extend(_start_writing(partial, items)))
         except Exception as error:
-            self._discard(partial)
+            self._discard(partial, pending)
             raise self._explained(step, error) from error
         prints = {name: integrity.fingerprint(array) for name, array in _named(items)}
         self._thread = threading.Thread(
@@ -184,8 +183,8 @@ class Checkpointer:
             sums = {name: digest for part in found for name, digest in part.items()}
             agreement.first("kept", lambda: self._keep_it(step, partial, dict(sorted(sums.items()))))
         except Exception as error:
+            self._discard(partial, pending)
             self._failure = step, error
-            self._discard(partial)
 
     def _keep_it(self, step: int, partial: Path, sums: dict[str, str]) -> None:
         integrity.seal(partial, sums)
@@ -202,7 +201,9 @@ class Checkpointer:
                 (self.directory / str(old)).rename(going)
                 shutil.rmtree(going, ignore_errors=True)
 
-    def _discard(self, partial: Path) -> None:
+    def _discard(self, partial: Path, pending: list[Any]) -> None:
+        with contextlib.suppress(Exception):  # what is still written would come back
+            _wait_for(pending, self._agreement.timeout)
         if self._agreement.index == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -289,7 +290,7 @@ def save_params(path: Path, params: Any) -> None:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    progress = {"skipped": state.skipped}
+    progress: dict[str, Any] = {"skipped": state.skipped}
     if state.loss_scale is not None:
         progress["loss_scale"] = state.loss_scale
     items = {"params": state.params, "optimizer": state.opt_state, "progress": progress, "ema": state.ema}
@@ -297,7 +298,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _state(step: int, found: dict[str, Any], abstract: TrainState) -> TrainState:
-    def put(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    def put(value: Any, like: Any) -> jax.Array:
         host = np.asarray(value, like.dtype)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda index: host[index])
 
