@@ -73,11 +73,8 @@ def matching(logical_axes: Any, patterns: Sequence[str], key: str) -> Any:
     Raises:
       InputError: a pattern that matches nothing.
     """
-    is_axes = {"is_leaf": lambda node: isinstance(node, tuple)}
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(logical_axes, **is_axes)
-    ]
+    leaves, structure = jax.tree_util.tree_flatten_with_path(logical_axes, lambda node: isinstance(node, tuple))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
             modules = {path.rsplit("/", depth)[0] + "/*" for path in paths for depth in range(1, path.count("/") + 1)}
@@ -86,7 +83,7 @@ def matching(logical_axes: Any, patterns: Sequence[str], key: str) -> Any:
                 f"{nearest(pattern, [*paths, *sorted(modules)])}"
             )
     matched = [any(fnmatchcase(path, pattern) for pattern in patterns) for path in paths]
-    return jax.tree.unflatten(jax.tree.structure(logical_axes, **is_axes), matched)
+    return jax.tree.unflatten(structure, matched)
 
 
 def trained_parameters(logical_axes: Any, frozen: Sequence[str]) -> Any:
