@@ -17,6 +17,7 @@ from t5x_lite.nn.attention import MASKED
 from t5x_lite.training.averaging import ema_update
 from t5x_lite.training.losses import LossSums, cross_entropy
 from t5x_lite.training.norms import norm_metrics
+from t5x_lite.training.optimizers import hold
 from t5x_lite.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -106,6 +107,7 @@ def loss_gradients(
     z_loss: float,
     key: jax.Array,
     scale: jax.Array | float = 1.0,
+    trained: Any = None,
 ) -> tuple[Any, LossSums]:
     """Returns the gradients of the loss per real target token, and the loss sums, of a global batch.
 
@@ -120,6 +122,7 @@ def loss_gradients(
       z_loss: coefficient.
       key: for dropout.
       scale: what the loss is multiplied by before the backward pass, and the gradients divided by after it.
+      trained: tree of bools, which parameters are trained; the gradients of the others are 0 and not computed.
     """
     config = model.config
     total = jnp.maximum(jnp.sum(batch_targets(config, batch)[0].weights), 1.0)
@@ -128,7 +131,7 @@ def loss_gradients(
 
     def loss(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, LossSums]:
         dropout_key = jax.random.fold_in(key, index) if has_dropout else None
-        sums = batch_loss(model, params, part, z_loss=z_loss, dropout_key=dropout_key, second_task=share)
+        sums = batch_loss(model, hold(params, trained), part, z_loss=z_loss, dropout_key=dropout_key, second_task=share)
         return (sums.cross_entropy + sums.z_loss + sums.auxiliary) / total * scale, sums
 
     def gradient(params: Any, part: Batch, index: jax.Array) -> tuple[Any, LossSums]:
@@ -179,7 +182,7 @@ def make_train_step(
       z_loss: coefficient.
       seed: of dropout, together with the step.
       ema_decay: of the running mean of the parameters, if the state has one.
-      trained: tree of bools, which parameters are trained; by default all.
+      trained: tree of bools, which parameters are trained, from `trained_parameters`; by default all.
       halt_above: once more steps than this have been skipped, nothing changes any more: the state stays the one that
         went wrong, although another step is under way by the time somebody looks.
     """
@@ -188,10 +191,15 @@ def make_train_step(
         key = dropout_key(seed, state.step)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
         gradients, sums = loss_gradients(
-            model, state.params, batch, microbatches=microbatches, z_loss=z_loss, key=key, scale=scale
+            model,
+            state.params,
+            batch,
+            microbatches=microbatches,
+            z_loss=z_loss,
+            key=key,
+            scale=scale,
+            trained=trained,
         )
-        if trained is not None:
-            gradients = jax.tree.map(lambda keep, g: g if keep else jnp.zeros_like(g), trained, gradients)
         gradient_norms = norm_metrics("gradient_norm", gradients)
         finite = jnp.isfinite(gradient_norms["gradient_norm"]) & jnp.isfinite(sums.cross_entropy)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)

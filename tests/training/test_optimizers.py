@@ -30,6 +30,8 @@ from t5x_lite.training.optimizers import (
     stacked,
     trained_parameters,
 )
+from t5x_lite.training.state import init_state
+from t5x_lite.training.step import make_train_step
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 T5X = np.load(FIXTURES / "adafactor_t5x.npz")
@@ -408,3 +410,22 @@ def _shape(shapes: Any, keys: Any) -> tuple[int, ...]:
     for key in keys:
         shapes = shapes[key.key]
     return shapes.shape
+
+
+def test_a_step_trains_what_is_not_frozen(tiny_config: TransformerConfig, random_batch: Any) -> None:
+    model, devices = build(tiny_config), sharding.make_mesh("data:2,fsdp:2,model:2")
+    frozen = ["encoder/*", "*/scale"]
+    tx = make_optimizer("muon", 0.01, model.logical_axes(), clip_norm=1.0, frozen=frozen)
+    trained = trained_parameters(model.logical_axes(), frozen)
+    state = init_state(model, tx, devices, 0)
+    before = jax.tree.map(np.asarray, state.params)
+    step = make_train_step(model, tx, lambda _: 0.01, devices, state, microbatches=2, trained=trained)
+    batch = sharding.put_batch(devices, random_batch(np.random.default_rng(0), 8, 16, 8, 256))
+    state, first = step(state, batch)
+    for _ in range(4):
+        state, metrics = step(state, batch)
+    assert metrics["loss"] < first["loss"] - 0.1
+    for path, trains, old, new in zip(
+        paths(before), *map(jax.tree.leaves, (trained, before, state.params)), strict=True
+    ):
+        assert np.array_equal(old, new) == (not trains), path
