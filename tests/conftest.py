@@ -57,6 +57,7 @@ LONGEST = (
     "test_readme.py",
     "test_notebooks.py",
     "test_loop.py",
+    "test_meshes.py",
     "test_language_model_families.py",
     "test_step.py",
     "test_language_model.py",
