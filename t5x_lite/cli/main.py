@@ -27,10 +27,17 @@ COMMANDS = {
     "tokenizer": ("tokenizer", "train a SentencePiece tokenizer, or check one on a text"),
     "data": ("data", "show examples as the model sees them"),
     "config": ("config", "show every setting and where its value comes from"),
+    "checkpoint": ("checkpoint", "list the checkpoints of a run, verify them, or compare two"),
     "doctor": ("doctor", "versions, devices, memory, and what is missing"),
 }
 
-ACTIONS = {"bench": ("decode", "data"), "tokenizer": ("train", "check"), "data": ("show",), "config": ("show",)}
+ACTIONS = {
+    "bench": ("decode", "data"),
+    "tokenizer": ("train", "check"),
+    "data": ("show",),
+    "config": ("show",),
+    "checkpoint": ("list", "verify", "diff"),
+}
 
 SETTINGS_HELP = "a YAML file or a run directory, then key=value settings such as train.steps=100"
 
@@ -46,39 +53,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback = "--traceback" in argv
     try:
         return _run([arg for arg in argv if arg != "--traceback"])
-    except InputError as error:
-        if traceback:
+    except (Exception, KeyboardInterrupt) as error:
+        line, status = explain(error)
+        if isinstance(error, BrokenPipeError):
+            # Whoever read stdout has seen enough; Python would complain once more while closing it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif traceback and not isinstance(error, KeyboardInterrupt):
             raise
-        print(f"t5x-lite: {error}", file=sys.stderr)
-        return 2
-    except CheckpointMismatch as error:  # a list: what is in the file, and what is in the model
-        if traceback:
-            raise
-        print(f"t5x-lite: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return _failed(error, traceback)
+        else:
+            print(f"t5x-lite: {line}", file=sys.stderr)
+        return status
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Returns what to say about an error that ends a command, and the exit status."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, CheckpointMismatch):  # a list: what is in the file, and what is in the model
+        return str(error), 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({error.filename})" if error.filename else ""
-        print(f"t5x-lite: {error.strerror}{where}; free some space and run again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("t5x-lite: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return _failed(error, traceback)
-
-
-def _failed(error: Exception, traceback: bool) -> int:
+        return f"{error.strerror}{where}; free some space and run again", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
     if isinstance(error, BrokenPipeError):
-        # Whoever read stdout has seen enough; Python would complain once more while closing it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if traceback:
-        raise error
+        return "", 0
     line = " ".join(str(error).split())[:500]
-    print(f"t5x-lite: {type(error).__name__}: {line} (--traceback shows where)", file=sys.stderr)
-    return 1
+    return f"{type(error).__name__}: {line} (--traceback shows where)", 1
 
 
 def _print_warning(message: Warning | str, *details: Any) -> None:

@@ -1,10 +1,19 @@
 """`t5x-lite train`: pre-train or fine-tune, or continue a run."""
 
 import argparse
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
 
-from t5x_lite.cli.main import SETTINGS_HELP
+from t5x_lite.cli.main import SETTINGS_HELP, explain
 from t5x_lite.cli.settings import read_settings
+from t5x_lite.config import RunConfig
 from t5x_lite.data import recipe
+from t5x_lite.training import processes
+from t5x_lite.training.processes import Group, exit_status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,15 +23,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, and prints the metrics on the held-out data."""
+    """Trains, and prints the metrics on the held-out data; of several processes the first prints."""
     config = read_settings(args.settings).config
-    # Before JAX is imported: whoever misspells a column should know within a second.
+    with _ending_together(config, args.traceback) as group:
+        return _train(config, group, args.json)
+
+
+def _train(config: RunConfig, group: Group, as_json: bool) -> int:
+    # Before JAX is imported, if this is the only process: whoever misspells a column should know within a second.
     recipe.check_objectives(config, recipe.open_data(config.data))
 
     from t5x_lite.cli.display import ProgressObserver, show
     from t5x_lite.training.loop import train
 
-    with ProgressObserver() as observer:
-        result = train(config, observer)
-    show({"out": config.out, "step": int(result.state.step), **result.metrics}, args.json)
-    return 0
+    if group.index:
+        result = train(config, group=group)
+    else:
+        with ProgressObserver() as observer:
+            result = train(config, observer, group=group)
+        ended = {"ended_by": result.ended_by} if result.ended_by else {}
+        show({"out": config.out, "step": int(result.state.step), **ended, **result.metrics}, as_json)
+    return exit_status(result.ended_by)
+
+
+@contextlib.contextmanager
+def _ending_together(config: RunConfig, show_traceback: bool) -> Iterator[Group]:
+    """Joins the other processes; whatever ends this one is said in one line, and to the others, who do not wait."""
+    group: Group | None = None
+    try:
+        with processes.join(config.distributed) as group:
+            if group.count > 1:
+                _keep_stdout_to_ourselves()
+            yield group
+    except processes.EndedEarly as early:
+        if group is None or group.count == 1:
+            if early.line:
+                print(f"t5x-lite: {early.line}", file=sys.stderr)
+            raise
+        processes.end_now(early.status, early.line)
+    except BaseException as error:
+        if group is None or group.count == 1:
+            raise
+        if group.explanation(error):
+            time.sleep(60)  # it is being said, and ends this process
+        if show_traceback:
+            traceback.print_exc()
+        line, status = explain(error)
+        group.failed(line, status)
+        # JAX's own way out would wait for the others.
+        processes.end_now(status, f"process {group.index}: {line}" if group.index else line)
+
+
+def _keep_stdout_to_ourselves() -> None:
+    """Sends what libraries print there, such as who is connected to whom, nowhere, and NCCL's debugging to stderr."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    target = os.dup(2) if "NCCL_DEBUG" in os.environ else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(target, 1)

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite import sharding
 from t5x_lite.data.tokenizers import Tokenizer
@@ -56,14 +57,32 @@ def evaluate(
             num_bytes += sum(len(text.encode()) for text in target_texts(batch, tokenizer, sentinels=False))
     if not tokens:
         raise InputError("there are no examples to evaluate")
+    *counts, num_bytes = _sum_over_processes(mesh, np.append(counts, num_bytes))
     return {
         "loss": nats / tokens,
-        "unigram_entropy": unigram_entropy(counts),
+        "unigram_entropy": unigram_entropy(np.asarray(counts)),
         "perplexity": perplexity(nats / tokens),
-        **({"bits_per_byte": bits_per_byte(nats, num_bytes)} if num_bytes else {}),
+        **({"bits_per_byte": bits_per_byte(nats, int(num_bytes))} if num_bytes else {}),
         "accuracy": correct / tokens,
         "target_tokens": int(tokens),
     }
+
+
+def _sum_over_processes(mesh: Mesh, values: np.ndarray) -> np.ndarray:
+    """Returns the sum of the whole numbers `[N]` that processes have counted, each in its own rows."""
+    if jax.process_count() == 1:
+        return values
+    shares = [sharding.batch_share(mesh, process)[0] for process in range(jax.process_count())]
+    if jax.process_index() != shares.index(shares[jax.process_index()]):
+        values = np.zeros_like(values)  # another process has counted the same rows
+    words = np.stack([values >> 20, values & (2**20 - 1)]).astype(np.int32)  # JAX has no 64 bits by default
+    layout = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    first, *others = mesh.local_devices
+    parts = [jax.device_put(words[None], first)] + [jax.device_put(0 * words[None], device) for device in others]
+    every = jax.make_array_from_single_device_arrays((mesh.size, *words.shape), layout, parts)
+    total = jax.jit(lambda x: x.sum(axis=0), out_shardings=sharding.replicated(mesh))(every)
+    high, low = np.asarray(total, np.int64)
+    return (high << 20) + low
 
 
 def target_texts(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, sentinels: bool = True) -> list[str]:

@@ -1,8 +1,9 @@
 """The training loop: everything of the other rooms, joined."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from t5x_lite.data.packing import Batch
 from t5x_lite.data.pipeline import Dataset, prefetch
 from t5x_lite.data.run_tokenizer import run_tokenizer, with_vocabulary
 from t5x_lite.data.streaming import StreamingDataset
-from t5x_lite.data.tokenizers import Tokenizer
+from t5x_lite.data.tokenizers import Tokenizer, load_tokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.evaluation.evaluator import evaluate
 from t5x_lite.interop import checkpoints
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.training.checkpoints import Checkpointer, load_params
-from t5x_lite.training.monitor import MetricsLog
+from t5x_lite.training.monitor import MetricsLog, read_metrics
 from t5x_lite.training.nonfinite import NonFinite
 from t5x_lite.training.optimizers import make_optimizer
+from t5x_lite.training.processes import Group, current
 from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import TrainState, abstract_state, init_state
 from t5x_lite.training.step import make_eval_step, make_train_step
@@ -60,6 +62,7 @@ class TrainResult:
       metrics: of the last evaluation on the held-out data.
       tokenizer: the run's.
       mesh: the run's.
+      ended_by: the signal that ended it before its last step, such as `SIGTERM`; empty: it is complete.
     """
 
     config: RunConfig
@@ -67,40 +70,92 @@ class TrainResult:
     metrics: Mapping[str, float]
     tokenizer: Tokenizer
     mesh: Mesh
+    ended_by: str = ""
 
 
-def train(config: RunConfig, observer: Observer | None = None, data: recipe.RunData | None = None) -> TrainResult:
+def train(
+    config: RunConfig,
+    observer: Observer | None = None,
+    data: recipe.RunData | None = None,
+    group: Group | None = None,
+) -> TrainResult:
     """Trains as `config` says, or continues the run that `config.out` holds, and leaves a run directory.
 
     A run that is killed and started again goes on from its latest checkpoint with the same data, random numbers and
-    so the same losses, bit for bit on the same machine and mesh.
+    so the same losses, bit for bit on the same machine and mesh. So does one that a signal asked to end.
 
     Args:
       config: of the run.
       observer: hears of what happens.
       data: to train on, where it is not what `config.data` names: tasks of one's own, from `data.recipe.open_mixture`.
+      group: the processes that train together, from `processes.join`; by default the one that was joined, or this
+        process alone.
 
     Raises:
       InputError: something in the configuration cannot be used.
       FloatingPointError: a loss or gradient is not finite; the message names the step.
     """
-    observer = observer or Observer()
+    group = group or current()
+    observer = Observer() if observer is None or group.index else observer
     out = Path(config.out).expanduser()
-    mesh = sharding.make_mesh(config.mesh)
+    group.check_same(config)
+    with group.waiting("the devices of all processes"):
+        mesh = sharding.make_mesh(config.mesh)
     data = data or recipe.open_data(config.data)
     recipe.check_objectives(config, data)
     _check_mesh(config, mesh)
-    with run_directory.lock(out):
-        tokenizer = run_tokenizer(config, recipe.training_texts(data, config.data))
-        config = with_vocabulary(config, tokenizer)
-        return _train(config, data, tokenizer, mesh, out, observer)
+    with contextlib.nullcontext() if group.index else run_directory.lock(out):
+        texts = recipe.training_texts(data, config.data)
+        group.working("making the tokenizer")
+        tokenizer = group.first(
+            "the tokenizer", lambda: run_tokenizer(config, texts), lambda: _tokenizer_of_process_0(out, group)
+        )
+        return _train(with_vocabulary(config, tokenizer), data, tokenizer, mesh, out, observer, group)
+
+
+def _tokenizer_of_process_0(out: Path, group: Group) -> Tokenizer:
+    for _ in range(50):  # other machines may see it a little later
+        if (out / "tokenizer").exists():
+            return load_tokenizer(out / "tokenizer")
+        time.sleep(0.1)
+    raise InputError(
+        f"process {group.index} does not find {out / 'tokenizer'}, which process 0 has written: out= must be a"
+        " directory that all processes share"
+    )
+
+
+def _read(
+    config: RunConfig, data: recipe.RunData, tokenizer: Tokenizer, observer: Observer, group: Group
+) -> recipe.Datasets:
+    """Opens the datasets; token caches are built by process 0, and by others only if they do not see its."""
+
+    def building(name: str, done: int, total: int, tokens: int) -> None:
+        group.working(f"building the token cache of {name}, {done} of {total} parts")
+        observer.building(name, done, total, tokens)
+
+    def read() -> recipe.Datasets:
+        return recipe.datasets(data, config, tokenizer, building)
+
+    group.working("reading the data")
+    found = group.first("the token cache", read, read)
+    prints = group.gather("comparing data", found.fingerprint)
+    other = next((index for index, value in enumerate(prints) if value != prints[0]), None)
+    if other is not None:
+        raise InputError(f"process {other} reads other data of {config.data.path} than process 0")
+    return found
 
 
 def _train(
-    config: RunConfig, data: recipe.RunData, tokenizer: Tokenizer, mesh: Mesh, out: Path, observer: Observer
+    config: RunConfig,
+    data: recipe.RunData,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    out: Path,
+    observer: Observer,
+    group: Group,
 ) -> TrainResult:
     # Everything that can refuse the configuration comes before anything that records it.
-    read = recipe.datasets(data, config, tokenizer, observer.building)
+    read = _read(config, data, tokenizer, observer, group)
     dataset, fingerprint = read.train, read.fingerprint
     for note in read.notes:
         observer.note(note)
@@ -111,24 +166,34 @@ def _train(
         opt.name, schedule, model.logical_axes(), clip_norm=opt.clip_norm, weight_decay=opt.weight_decay
     )
     abstract = abstract_state(model, tx, mesh, ema=bool(config.train.ema_decay))
-    if run_directory.has_begun(out):
+    if group.index == 0 and run_directory.has_begun(out):
         for note in run_directory.check_same_run(out, config, fingerprint):
             observer.note(note)
 
+    group.gather("whether the run can go on")
     checkpointer = Checkpointer(out / "checkpoints", config.train.keep_checkpoints)
     try:
-        state = _first_state(config, model, tx, mesh, abstract, checkpointer, observer)
-        run_directory.record(out, config, fingerprint)
+        with group.waiting("the state to begin with"):
+            state = _first_state(config, model, tx, mesh, abstract, checkpointer, observer)
+        if group.index == 0:
+            run_directory.record(out, config, fingerprint)
         _announce(config, model, mesh, state, dataset, tokenizer, observer)
-        log = MetricsLog(out, int(state.step))
+        log = None if group.index else MetricsLog(out, int(state.step))
         try:
-            run = _Run(config, model, tx, schedule, mesh, tokenizer, read.validation, checkpointer, log, observer)
+            run = _Run(
+                config, model, tx, schedule, mesh, tokenizer, read.validation, checkpointer, log, observer, group
+            )
             state, metrics = run(state, dataset)
         finally:
-            log.close()
+            if log:
+                log.close()
     finally:
-        checkpointer.close()
-    return TrainResult(config, state, metrics, tokenizer, mesh)
+        with group.waiting("the last checkpoint"):
+            checkpointer.close()
+    ended_by = run.ended_by
+    if ended_by:
+        observer.note(f"{ended_by}: ended after step {int(state.step)}; the same command goes on from there")
+    return TrainResult(config, state, metrics, tokenizer, mesh, ended_by)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +218,29 @@ class _Run:
     tokenizer: Tokenizer
     validation: Dataset
     checkpointer: Checkpointer
-    log: MetricsLog
+    log: MetricsLog | None
     observer: Observer
+    group: Group
+    ended_by: str = ""
+    kept: int = 0  # the step of the latest checkpoint
+    pending: "_Made | None" = None
 
     def __call__(
         self, state: TrainState, dataset: Dataset | StreamingDataset
     ) -> tuple[TrainState, Mapping[str, float]]:
-        """Trains from `state` to the last step; returns the final state and its evaluation."""
+        """Trains from `state` to the last step; returns the final state and its evaluation, if it came to that."""
+        self.state, self.pending = state, None
+        try:
+            metrics = self._steps(state, dataset)
+            return self.state, metrics
+        except _Asked:
+            self._report(self.pending, self.state)
+            if int(self.state.step) > self.kept:
+                self._save(None)
+            self.ended_by = self.group.asked
+            return self.state, {}
+
+    def _steps(self, state: TrainState, dataset: Dataset | StreamingDataset) -> Mapping[str, float]:
         cfg = self.config.train
         train_step = make_train_step(
             self.model,
@@ -177,30 +258,58 @@ class _Run:
         self.non_finite = NonFinite(cfg.nonfinite)
         self.clock, self.waited = time.perf_counter(), 0.0
         metrics: Mapping[str, float] = {}
-        pending: _Made | None = None
-        done = int(state.step)
+        done = self.kept = int(state.step)
+        self._warm_up()
+        if self._lacks_evaluation(done):
+            metrics = self._evaluate(done)
         load = dataset.loader(done, *sharding.batch_share(self.mesh))
         for index, rows in self._timed(prefetch(load, done, cfg.steps, workers=self.config.data.workers)):
             tokens = sum(int(np.sum(value > 0)) for key, value in rows.items() if key.endswith("_segment_ids"))
+            self._tick(f"step {index + 1}")
             batch = sharding.put_batch(self.mesh, rows)
             # The copy to the devices and the step are queued behind the step before, which may still be running.
-            state, step_metrics = train_step(state, batch)
+            with self.group.waiting(f"step {index + 1}"):
+                self.state, step_metrics = train_step(self.state, batch)
             self.checkpointer.seal_finished()
             # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
-            self._report(pending, state)
-            step, pending = index + 1, _Made(index + 1, step_metrics, tokens, batch)
+            self._report(self.pending, self.state)
+            step, self.pending = index + 1, _Made(index + 1, step_metrics, tokens, batch)
             last = step == cfg.steps
             evaluating, saving = last or _due(step, cfg.eval_every), last or _due(step, cfg.checkpoint_every)
             if evaluating or saving:
-                self._report(pending, state)
-                pending = None
+                self._report(self.pending, self.state)
+                self.pending = None
             if evaluating:
-                metrics = self._evaluate(state, step)
+                metrics = self._evaluate(step)
             if saving:
-                self.checkpointer.save(state, metrics["loss"] if evaluating else None)
+                self._save(metrics["loss"] if evaluating else None)
             if evaluating or saving:
                 self.clock, self.waited = time.perf_counter(), 0.0
-        return state, metrics or self._evaluate(state, int(state.step), log=False)
+        return metrics or self._evaluate(int(self.state.step), log=False)
+
+    def _tick(self, doing: str) -> None:
+        if self.group.tick(doing):
+            raise _Asked
+
+    def _warm_up(self) -> None:
+        """Compiles the evaluation at once: later, while steps wait to be saved, a signal would wait for it."""
+        first = next(iter(self.validation.eval_batches(*sharding.batch_share(self.mesh))), None)
+        if first is not None:
+            with self.group.waiting("the first evaluation"):
+                jax.block_until_ready(self.eval_step(self.state.averaged, sharding.put_batch(self.mesh, first)))
+
+    def _lacks_evaluation(self, step: int) -> bool:
+        """Returns whether a signal came before the evaluation that this step should have had."""
+        lacks = False
+        if self.log and step and (_due(step, self.config.train.eval_every) or step == self.config.train.steps):
+            records = read_metrics(Path(self.config.out).expanduser())
+            lacks = not any("split" in record and record["step"] == step for record in records)
+        return self.group.gather("whether an evaluation is missing", lacks)[0]
+
+    def _save(self, loss: float | None) -> None:
+        self.kept = int(self.state.step)
+        with self.group.waiting(f"the checkpoint of step {self.kept}"):
+            self.checkpointer.save(self.state, loss)
 
     def _timed(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         while True:
@@ -215,7 +324,9 @@ class _Run:
         if made is None:
             return
         step = made.step
-        record = {"step": step, **{name: float(value) for name, value in jax.device_get(made.metrics).items()}}
+        with self.group.waiting(f"the result of step {step}"):
+            record = {"step": step, **{name: float(value) for name, value in jax.device_get(made.metrics).items()}}
+        self.group.settled()
         now = time.perf_counter()
         record["tokens_per_second"] = made.tokens / (now - self.clock)
         record["data_wait"] = self.waited / (now - self.clock)
@@ -231,18 +342,32 @@ class _Run:
             self.observer.note(f"step {step} was skipped: {_overflow(record)}")
         self.observer.step(record, self.config.train.steps)
         if _due(step, self.config.train.log_every) or step in (1, self.config.train.steps):
-            self.log.write(record)
+            self._log(record)
 
-    def _evaluate(self, state: TrainState, step: int, log: bool = True) -> Mapping[str, float]:
-        batches = self.validation.eval_batches(*sharding.batch_share(self.mesh))
-        metrics = evaluate(
-            self.eval_step, state.averaged, batches, self.tokenizer, self.mesh, self.config.train.eval_batches
-        )
+    def _evaluate(self, step: int, log: bool = True) -> Mapping[str, float]:
+        batches = self._until_asked(self.validation.eval_batches(*sharding.batch_share(self.mesh)), step)
+        with self.group.waiting(f"the evaluation of step {step}"):
+            metrics = evaluate(
+                self.eval_step, self.state.averaged, batches, self.tokenizer, self.mesh, self.config.train.eval_batches
+            )
         record = {"step": step, "split": "validation", **metrics}
         if log:
-            self.log.write(record)
+            self._log(record)
         self.observer.evaluation(record)
         return metrics
+
+    def _until_asked(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
+        for number, batch in enumerate(batches, 1):
+            self._tick(f"batch {number} of the evaluation of step {step}")
+            yield batch
+
+    def _log(self, record: Mapping[str, Any]) -> None:
+        if self.log:
+            self.log.write(record)
+
+
+class _Asked(Exception):
+    """A signal has asked the processes to end, and this is where they do."""
 
 
 def _overflow(record: Mapping[str, float]) -> str:
