@@ -1,6 +1,6 @@
 """The training step and the evaluation step."""
 
-from collections.abc import Callable
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -154,6 +154,24 @@ def loss_gradients(
     return jax.lax.scan(accumulate, zeros, parts)[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A jitted function, called within the mesh that the model's activation constraints mean."""
+
+    mesh: Mesh
+    function: Any
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function."""
+        with jax.set_mesh(self.mesh):
+            return self.function(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """Returns the function lowered for arguments of these shapes and layouts, to be compiled and looked at."""
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*args)
+
+
 def make_train_step(
     model: Transformer,
     tx: optax.GradientTransformation,
@@ -167,7 +185,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     trained: Any = None,
     halt_above: int | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> OnMesh:
     """Returns the compiled, donating `(state, batch) -> (next state, metrics)`.
 
     A step whose loss or gradient is not finite changes nothing but the counts, and its metric `finite` is 0.
@@ -233,7 +251,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, skipped, loss_scale, ema), metrics
 
     layouts = state_shardings(state)
-    return _on_mesh(
+    return OnMesh(
         mesh,
         jax.jit(
             train_step,
@@ -249,18 +267,9 @@ def dropout_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def make_eval_step(model: Transformer, mesh: Mesh) -> Callable[[Any, Batch], LossSums]:
+def make_eval_step(model: Transformer, mesh: Mesh) -> OnMesh:
     """Returns the compiled `(params, batch) -> LossSums`, without dropout and z-loss."""
-    return _on_mesh(
+    return OnMesh(
         mesh,
         jax.jit(lambda params, batch: batch_loss(model, params, batch), out_shardings=sharding.replicated(mesh)),
     )
-
-
-def _on_mesh(mesh: Mesh, function: Any) -> Any:
-    # The model's activation constraints name mesh axes; this is the mesh they mean.
-    def call(*args: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return function(*args)
-
-    return call
