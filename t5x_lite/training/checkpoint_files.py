@@ -118,13 +118,17 @@ class StoredArray:
         return total % 2**32
 
 
-def stored_arrays(path: Path) -> dict[str, StoredArray]:
+def stored_arrays(path: Path, cache: int = 0) -> dict[str, StoredArray]:
     """Opens every array of a checkpoint, by item and name; reads none of them.
+
+    Args:
+      path: the checkpoint.
+      cache: bytes of stored parts to keep, for whoever reads across them.
 
     Raises:
       UnreadableCheckpoint: one cannot be opened, or there is nothing.
     """
-    context = tensorstore.Context()
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache}})
     opening: dict[str, Any] = {}
     try:
         for metadata in sorted(path.glob("*/_METADATA")):

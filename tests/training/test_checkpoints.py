@@ -30,7 +30,7 @@ def make_state(step: int, mesh_text: str = "data:4,model:2") -> TrainState:
         step=jax.device_put(jnp.int32(step), sharding.replicated(mesh)),
         params={"kernel": jax.device_put(kernel, NamedSharding(mesh, PartitionSpec("fsdp", "model")))},
         opt_state={"moment": jax.device_put(kernel.sum(0), NamedSharding(mesh, PartitionSpec("model")))},
-        skipped=jax.device_put(jnp.int32(0), sharding.replicated(mesh)),
+        skipped=jax.device_put(jnp.int32(step // 2), sharding.replicated(mesh)),
     )
 
 
