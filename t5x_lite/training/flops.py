@@ -91,12 +91,10 @@ def training_flops(config: TransformerConfig, batch: Mapping[str, Any], causal: 
       batch: arrays, or anything with a `shape`, by the names of the batch contract; `[B, S]` and `[B, T]`.
       causal: see `forward_flops`.
     """
-    shapes = [batch[name].shape for name in ("encoder_input_tokens", "decoder_input_tokens") if name in batch]
-    lengths = (batch[f"{side}_input_tokens"].shape[1] if f"{side}_input_tokens" in batch else 0 for side in _SIDES)
-    return 3 * shapes[0][0] * forward_flops(config, *lengths, causal)
-
-
-_SIDES = ("encoder", "decoder")
+    shapes = {name: batch[name].shape for name in ("encoder_input_tokens", "decoder_input_tokens") if name in batch}
+    rows = next(iter(shapes.values()))[0]
+    inputs, targets = (shapes.get(name, (rows, 0))[1] for name in ("encoder_input_tokens", "decoder_input_tokens"))
+    return 3 * rows * forward_flops(config, inputs, targets, causal)
 
 
 def xla_flops(function: Callable[..., Any], *args: Any) -> float:

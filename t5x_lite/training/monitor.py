@@ -1,11 +1,22 @@
 """What a run leaves behind to be watched by: metrics.jsonl and TensorBoard files."""
 
 import json
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    """Where records may go besides the files."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Hears a record, see `MetricsLog.write`."""
+
+    def close(self) -> None:
+        """Hears that there are no more."""
 
 
 class MetricsLog:
@@ -15,34 +26,44 @@ class MetricsLog:
       directory: the run directory.
       step: the step training continues from. Records after it come from steps that will be run again; they are
         dropped, and so is a last line that a crash cut short.
+      trackers: who else hears each record.
     """
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path, step: int, trackers: Sequence[Tracker] = ()):
         import tensorboardX
 
         self._path = directory / "metrics.jsonl"
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+            kept = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.rename(self._path)
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._trackers = trackers
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes one record; it has a `step`, and a `split` if it is an evaluation."""
-        self._file.write(json.dumps(record) + "\n")
+        """Writes one record; it has a `step`, and a `split` if it is an evaluation. It is given the `time`.
+
+        A number that is not finite is `null` in the file, because JSON knows no such number.
+        """
+        record = {"time": round(time.time(), 3), **record}
+        self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
         self._file.flush()
         prefix = record.get("split", "train")
         for name, value in record.items():
-            if name not in ("step", "split"):
+            if name not in ("step", "split", "time"):
                 self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+        for tracker in self._trackers:
+            tracker.write(record)
 
     def close(self) -> None:
         """Flushes everything to disk."""
         os.fsync(self._file.fileno())
         self._file.close()
         self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -103,6 +124,10 @@ def _objects(text: str) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             found.append(value)
     return found
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:
