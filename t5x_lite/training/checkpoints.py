@@ -112,9 +112,6 @@ class Checkpointer:
             (step, error), self._failure = self._failure, None
             raise self._explained(step, error) from error
 
-    def seal_finished(self) -> None:
-        """Does nothing any more: a checkpoint is sealed by the thread that writes it."""
-
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, ascending."""
         return complete_steps(self.directory)

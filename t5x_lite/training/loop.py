@@ -171,7 +171,12 @@ def _train(
             observer.note(note)
 
     group.gather("whether the run can go on")
-    checkpointer = Checkpointer(out / "checkpoints", config.train.keep_checkpoints)
+    checkpointer = Checkpointer(
+        out / "checkpoints",
+        config.train.keep_checkpoints,
+        keep_every=config.train.keep_every,
+        timeout=config.distributed.timeout,
+    )
     try:
         with group.waiting("the state to begin with"):
             state = _first_state(config, model, tx, mesh, abstract, checkpointer, observer)
@@ -270,7 +275,6 @@ class _Run:
             # The copy to the devices and the step are queued behind the step before, which may still be running.
             with self.group.waiting(f"step {index + 1}"):
                 self.state, step_metrics = train_step(self.state, batch)
-            self.checkpointer.seal_finished()
             # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
             self._report(self.pending, self.state)
             step, self.pending = index + 1, _Made(index + 1, step_metrics, tokens, batch)
