@@ -107,6 +107,7 @@ class Layer(nn.Module):
         cfg = self.config
         inits = initializers(cfg)
         kept: dict[str, KeysValues | None] = {"cross_attention": None}
+        options = {"cached": cache is not None, "enable_dropout": self.enable_dropout}
         mask = context.mask if window is None else dataclasses.replace(context.mask, window=window)
 
         def self_attention(y: jax.Array) -> jax.Array:
@@ -118,7 +119,7 @@ class Layer(nn.Module):
             bias = context.bias
             if bias is None and cfg.positions == "relative":
                 bias = relative_bias(cfg, self.is_decoder)(*_bias_places(y, cache, mask))
-            return attend(y, keys_values, mask, bias, context.rotation, enable_dropout=self.enable_dropout)
+            return attend(y, keys_values, mask, bias, context.rotation, **options)
 
         def cross_attention(y: jax.Array) -> jax.Array:
             attend = self._attention("cross_attention", inits)
@@ -129,7 +130,7 @@ class Layer(nn.Module):
             else:
                 keys_values = cast(KeysValues, cast(LayerCache, cache).cross_attention)
             kept["cross_attention"] = keys_values
-            return attend(y, keys_values, cast(Mask, context.cross_mask), enable_dropout=self.enable_dropout)
+            return attend(y, keys_values, cast(Mask, context.cross_mask), **options)
 
         def feed_forward(y: jax.Array) -> jax.Array:
             block = FeedForward(

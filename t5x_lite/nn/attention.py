@@ -1,6 +1,6 @@
 """Multi-head attention, its mask, and its key-value cache."""
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -8,13 +8,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from t5x_lite.nn.dense import FEW_ROWS, Dense, larger_first
-from t5x_lite.nn.dropout import Dropout
 from t5x_lite.nn.parameters import Initializer, fan_in_normal
 from t5x_lite.nn.positions import Rotation
+from t5x_lite.nn.row_attention import MASKED, Keys, Queries, Rules, row_attention
 from t5x_lite.sharding import constrain
-
-# Finite, as in T5X: a row in which everything is masked then attends evenly instead of turning into NaN.
-MASKED = -1e10
 
 _HEADS = (0, 1), (0, 1)  # axes that a product does not sum over: batch and heads of both factors
 
@@ -160,6 +157,57 @@ def dot_product_attention(
     return jnp.transpose(attended.reshape(b, g, h // g, t, k), (0, 3, 1, 2, 4)).reshape(b, t, h, k)
 
 
+def whole_attention(
+    query: jax.Array,
+    keys_values: KeysValues,
+    mask: Mask,
+    bias: jax.Array | None,
+    *,
+    rate: float = 0.0,
+    shared: bool = True,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Returns what `dot_product_attention` does, a few rows at a time and with a backward pass that recomputes.
+
+    It is for whole sequences: training, encoding, scoring. What is the other's for: a cache, int8, and `mask.visible`.
+
+    Args:
+      query: `[B, T, H, K]`.
+      keys_values: floats, of S tokens, G heads.
+      mask: by segments, order and window.
+      bias: float32 `[1, H, T, S]`, added to the logits.
+      rate: of the attention weights that are dropped.
+      shared: whether those are the same keys for all queries of a row and head.
+      key: a random one, if there is a rate.
+
+    Returns:
+      `[B, T, H, K]` in the dtype of the query.
+    """
+    if mask.visible is not None or keys_values.key_scale is not None:
+        raise ValueError("attention a few rows at a time has neither a mask that is given nor int8 keys")
+    b, t, h, _ = query.shape
+    s = keys_values.key.shape[2]
+
+    def places(positions: jax.Array | None, length: int) -> jax.Array | None:
+        if mask.query_positions is None and mask.window is None:
+            return None
+        return jnp.broadcast_to(jnp.arange(length)[None] if positions is None else positions, (b, length))
+
+    seeds = factors = None
+    if rate and shared:
+        keep = jax.random.bernoulli(cast(jax.Array, key), 1.0 - rate, (b, h, s))
+        factors = jnp.where(keep, 1.0 / (1.0 - rate), 0.0)
+    elif rate:
+        seeds = jax.random.bits(cast(jax.Array, key), (b, h, t, 2), jnp.uint32)
+    return row_attention(
+        Rules(causal=mask.query_positions is not None, rate=rate),
+        Queries(query, mask.query_segments, places(mask.query_positions, t), seeds),
+        Keys(keys_values.key, keys_values.value, mask.key_segments, places(mask.key_positions, s), factors),
+        bias,
+        mask.window,
+    )
+
+
 def _keys_by_query(query: jax.Array, key: jax.Array) -> jax.Array:
     """Returns float32 `[B, G, Q, S]`, the products of `[B, G, Q, K]` and `[B, G, S, K]`."""
 
@@ -218,7 +266,6 @@ class Attention(nn.Module):
         self.key = Dense(kv_joined, ("embed", self._kv_axis), self.kernel_init, **rest)
         self.value = Dense(kv_joined, ("embed", self._kv_axis), self.kernel_init, **rest)
         self.out = Dense(self.embed_dim, ("heads", "embed"), self.residual_init, **rest)
-        self.dropout = Dropout(self.dropout_rate, self.dropout_shared)
 
     @property
     def _kv_axis(self) -> str:
@@ -245,15 +292,19 @@ class Attention(nn.Module):
         bias: jax.Array | None = None,
         rotation: Rotation | None = None,
         *,
+        cached: bool = False,
         enable_dropout: bool = False,
     ) -> jax.Array:
-        """Maps queries `[B, T, D]` to `[B, T, D]`."""
+        """Maps queries `[B, T, D]` to `[B, T, D]`; `cached`: the keys are those of a cache, and nothing is dropped."""
         query = self._split(self.query(x), self.num_heads, "heads")
         if rotation is not None:
             query = rotation.turn(query)
         if self.scaled:
             query = query * self.head_dim**-0.5
-        attended = dot_product_attention(
-            query, keys_values, mask, bias, dropout=lambda weights: self.dropout(weights, enabled=enable_dropout)
-        )
+        if cached:
+            attended = dot_product_attention(query, keys_values, mask, bias)
+        else:
+            rate = self.dropout_rate if enable_dropout else 0.0
+            key = self.make_rng("dropout") if rate else None
+            attended = whole_attention(query, keys_values, mask, bias, rate=rate, shared=self.dropout_shared, key=key)
         return self.out(attended.reshape(*x.shape[:2], self.num_heads * self.head_dim))

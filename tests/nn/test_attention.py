@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite.nn.attention import Attention, KeysValues, Mask, dot_product_attention
+from t5x_lite.nn.attention import Attention, KeysValues, Mask, dot_product_attention, whole_attention
 from t5x_lite.nn.positions import rotation
 
 B, T, S, H, K, D = 2, 5, 7, 3, 4, 6
@@ -88,21 +88,12 @@ def test_logits_and_softmax_of_bfloat16_inputs_are_float32() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_dropout_of_the_weights_shares_its_mask_along_the_queries(shared: bool) -> None:
-    module = Attention(D, H, H, K, dropout_rate=0.5, dropout_shared=shared)
-    x, memory = normal(B, T, D), keys_values(KEY, VALUE)
-    variables = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x, memory, ALL))
-    seen = []
-
-    def record(module: Attention, x: jax.Array) -> jax.Array:
-        def dropout(w: jax.Array) -> jax.Array:
-            seen.append(module.dropout(w, enabled=True))
-            return seen[-1]
-
-        query = module.query(x).reshape(B, T, H, K)
-        return dot_product_attention(query, memory, ALL, None, dropout=dropout)
-
-    module.apply(variables, x, method=record, rngs={"dropout": jax.random.key(1)})
-    kept = np.asarray(seen[0]) > 0  # [B, H, T, S]
+    # Equal weights, and values that tell the keys apart: what is attended is which keys were kept.
+    query, value = np.zeros((B, T, H, S), np.float32), np.broadcast_to(np.eye(S, dtype=np.float32), (B, H, S, S))
+    memory = KeysValues(jnp.zeros((B, H, S, S)), jnp.asarray(value))
+    attended = whole_attention(query, memory, ALL, None, rate=0.5, shared=shared, key=jax.random.key(1))
+    np.testing.assert_allclose(attended * S, 2 * (np.asarray(attended) > 0), rtol=1e-6)
+    kept = np.swapaxes(np.asarray(attended) > 0, 1, 2)  # [B, H, T, S]
     assert 0 < kept.mean() < 1
     assert len(np.unique(kept[:, :, 0].reshape(B * H, S), axis=0)) > 1
     same = kept == kept[:, :, :1]

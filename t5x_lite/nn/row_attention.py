@@ -1,0 +1,383 @@
+"""Attention a few rows at a time: the logits of a whole batch, `[B, H, T, S]`, never exist.
+
+The forward pass keeps the largest logit and the sum of the softmax of each query, and the backward pass computes the
+logits again (Rabe and Staats 2021; Dao et al. 2022). A CPU takes a row of the batch at a time and, of long ones, a
+block of queries: what it works on then stays in its cache. An accelerator takes as many rows as keep it busy.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from t5x_lite.nn.dropout import kept
+from t5x_lite.sharding import activation_spec, axis_size
+
+# Finite, as in T5X: a row in which everything is masked then attends evenly instead of turning into NaN.
+MASKED = -1e10
+
+# Logits at a time: on a CPU what its caches hold, on an accelerator what keeps it busy (256 MiB of float32).
+_ON_CPU, _ON_ACCELERATOR = 2**21, 2**26
+
+
+@struct.dataclass
+class Queries:
+    """The queries of a call, and what their masks and their dropout need.
+
+    Attributes:
+      query: `[B, T, H, K]`.
+      segments: int32 `[B, T]`, 0 is padding.
+      positions: int32 `[B, T]`, among the keys; None where nobody asks.
+      seeds: uint32 `[B, H, T, 2]`, from which the fate of each weight of a query follows (see `dropout.kept`); None:
+        weights are not dropped one by one.
+    """
+
+    query: jax.Array
+    segments: jax.Array
+    positions: jax.Array | None = None
+    seeds: jax.Array | None = None
+
+
+@struct.dataclass
+class Keys:
+    """The keys and values of a call, and what their masks and their dropout need.
+
+    Attributes:
+      key: `[B, G, S, K]`; each of the G heads serves H / G neighbouring heads of queries.
+      value: likewise.
+      segments: int32 `[B, S]`, 0 is padding.
+      positions: int32 `[B, S]`; None where nobody asks.
+      factors: float32 `[B, H, S]`, by which all weights on a key are multiplied: 0 or 1 / (1 - rate); None: by 1.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    segments: jax.Array
+    positions: jax.Array | None = None
+    factors: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is known before anything is computed.
+
+    Attributes:
+      causal: whether a query sees keys up to its own position only.
+      rate: share of the weights that `Queries.seeds` drop.
+    """
+
+    causal: bool = False
+    rate: float = 0.0
+
+
+def row_attention(
+    rules: Rules, queries: Queries, keys: Keys, bias: jax.Array | None, window: jax.Array | int | None
+) -> jax.Array:
+    """Returns softmax(query . key + bias) . value, logits and softmax in float32, like `dot_product_attention`.
+
+    Where a mesh is set each device computes its rows, its heads and its part of the queries' length, with the keys and
+    values of the whole length, which it gathers along `context`.
+
+    Args:
+      rules: causality and dropout.
+      queries: of T tokens.
+      keys: of S tokens.
+      bias: float32 `[1, H, T, S]`, added to the logits.
+      window: int32 scalar; a query sees keys less than this far from it. None: all.
+
+    Returns:
+      `[B, T, H, K]` in the dtype of the query.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _local(rules, queries, keys, bias, window)
+    heads, groups = queries.query.shape[2], keys.key.shape[1]
+    if groups > 1 and groups % axis_size(mesh, "model"):
+        # A device's heads of queries would not be those that its heads of keys serve.
+        key, value = (jnp.repeat(x, heads // groups, axis=1) for x in (keys.key, keys.value))
+        keys = keys.replace(key=key, value=value)
+
+    def spec(x: jax.Array | None, *names: str) -> PartitionSpec | None:
+        # An axis that does not divide stays whole.
+        if x is None:
+            return None
+        rules = activation_spec(*names)
+        divides = [size % axis_size(mesh, rule) == 0 for rule, size in zip(rules, x.shape, strict=True)]
+        return PartitionSpec(*(rule if fits else None for rule, fits in zip(rules, divides, strict=True)))
+
+    def on_device(queries: Queries, keys: Keys, bias: Any, window: Any) -> jax.Array:
+        return _local(rules, queries, _whole_length(keys) if gathered else keys, bias, window)
+
+    out = spec(queries.query, "batch", "length", "heads", "head_dim")
+    of_queries = Queries(
+        query=cast(Any, out),
+        segments=cast(Any, spec(queries.segments, "batch", "length")),
+        positions=cast(Any, spec(queries.positions, "batch", "length")),
+        seeds=cast(Any, spec(queries.seeds, "batch", "heads", "length", "features")),
+    )
+    of_keys = Keys(
+        key=cast(Any, spec(keys.key, "batch", "kv_heads", "length", "head_dim")),
+        value=cast(Any, spec(keys.value, "batch", "kv_heads", "length", "head_dim")),
+        segments=cast(Any, spec(keys.segments, "batch", "length")),
+        positions=cast(Any, spec(keys.positions, "batch", "length")),
+        factors=cast(Any, spec(keys.factors, "batch", "heads", "features")),
+    )
+    gathered = axis_size(mesh, of_keys.segments[1]) > 1
+    specs = (of_queries, of_keys, spec(bias, "features", "heads", "length", "features"), PartitionSpec())
+    if window is None:
+        specs = (*specs[:3], None)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=out, check_vma=False)(queries, keys, bias, window)
+
+
+def _whole_length(keys: Keys) -> Keys:
+    gather = partial(jax.lax.all_gather, axis_name="context", tiled=True)
+    return Keys(
+        key=gather(keys.key, axis=2),
+        value=gather(keys.value, axis=2),
+        segments=gather(keys.segments, axis=1),
+        positions=None if keys.positions is None else gather(keys.positions, axis=1),
+        factors=keys.factors,
+    )
+
+
+def _local(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> jax.Array:
+    query = jnp.swapaxes(queries.query, 1, 2)
+    key, value = keys.key.astype(query.dtype), keys.value.astype(query.dtype)
+    attended = _attention(rules, queries.replace(query=query), keys.replace(key=key, value=value), bias, window)
+    return jnp.swapaxes(attended, 1, 2)
+
+
+# --- rows, and blocks of their queries ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a batch is divided: so many rows at a time, their queries in so many blocks."""
+
+    rows: int
+    blocks: int
+
+
+def _plan(queries: Queries, keys: Keys, most: int) -> _Plan:
+    b, h, t, _ = queries.query.shape
+    row = h * t * keys.segments.shape[1]
+    if row > most:
+        return _Plan(1, min(math.ceil(row / most), t))
+    return _Plan(max(rows for rows in range(1, b + 1) if b % rows == 0 and (rows * row <= most or rows == 1)), 1)
+
+
+def _planned(function: Callable[..., Any], queries: Queries, keys: Keys, *rest: Any) -> Any:
+    """Returns `function(plan, queries, keys, *rest)`, by the plan of the platform that it is compiled for."""
+    cpu, default = (_plan(queries, keys, most) for most in (_ON_CPU, _ON_ACCELERATOR))
+    if cpu == default:
+        return function(cpu, queries, keys, *rest)
+    return jax.lax.platform_dependent(
+        queries, keys, *rest, cpu=partial(function, cpu), default=partial(function, default)
+    )
+
+
+def _groups(tree: Any, rows: int) -> Any:
+    """Splits the axis B into `[B / rows, rows]`."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // rows, rows, *x.shape[1:]), tree)
+
+
+def _rows(tree: Any) -> Any:
+    """Undoes `_groups`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _split(tree: Any, blocks: int) -> Any:
+    """Splits T, the axis 1 of `[B, T]` and 2 of all else, into blocks that lead; the last is filled up with zeros."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        axis = min(x.ndim - 1, 2)
+        size = -(-x.shape[axis] // blocks)
+        fill = [(0, 0)] * x.ndim
+        fill[axis] = (0, blocks * size - x.shape[axis])
+        x = jnp.pad(x, fill) if fill[axis][1] else x
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
+
+    return jax.tree.map(leaf, tree)
+
+
+def _merged(tree: Any, length: int) -> Any:
+    """Undoes `_split` of arrays `[blocks, B, H, T / blocks, ...]`."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
+
+    return jax.tree.map(leaf, tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> jax.Array:
+    # Of queries `[B, H, T, K]`, and so is the result.
+    return _attend(rules, queries, keys, bias, window)[0]
+
+
+def _attend(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> tuple[jax.Array, ...]:
+    """Returns the result, and of the softmax of each query the largest logit and the sum, float32 `[B, H, T]`."""
+
+    def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any) -> Any:
+        bias = _split(bias, plan.blocks)
+
+        def rows(group: tuple[Queries, Keys]) -> Any:
+            def block(part: tuple[Queries, Any]) -> Any:
+                forward = partial(_forward, rules, bias=None if part[1] is None else part[1][0], window=window)
+                return jax.vmap(forward)(part[0], group[1])
+
+            parts = _split(group[0], plan.blocks), bias
+            return _merged(jax.lax.map(block, parts), queries.query.shape[2])
+
+        return _rows(jax.lax.map(rows, _groups((queries, keys), plan.rows)))
+
+    return _planned(run, queries, keys, bias, window)
+
+
+def _attention_fwd(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> tuple[jax.Array, Any]:
+    out, top, total = _attend(rules, queries, keys, bias, window)
+    return out, (queries, keys, bias, window, (out, top, total))
+
+
+def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    queries, keys, bias, window, softmax = kept
+
+    def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any, *softmax: jax.Array) -> Any:
+        # As the logits are here, the bias and its gradient, a sum over rows, have the keys before the queries.
+        bias = None if bias is None else jnp.swapaxes(_split(bias, plan.blocks)[:, 0], 2, 3)
+
+        def rows(d_bias: Any, group: tuple[Queries, Keys, tuple[jax.Array, ...]]) -> Any:
+            queries, keys, softmax = group
+
+            def block(d_keys: Any, part: Any) -> Any:
+                (queries, softmax), bias, d_bias = part
+                backward = partial(_backward, rules, bias=bias, window=window)
+                d_query, d_logits, *more = jax.vmap(backward)(queries, keys, softmax)
+                d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
+                return jax.tree.map(jnp.add, d_keys, more), (d_query, d_bias)
+
+            zeros = [jnp.zeros(x.shape, jnp.float32) for x in (keys.key, keys.value)]
+            parts = _split((queries, softmax), plan.blocks), bias, d_bias
+            d_keys, (d_query, d_bias) = _scan(block, zeros, parts, plan.blocks)
+            return d_bias, (_merged(d_query, softmax[0].shape[2]), *d_keys)
+
+        d_bias = None if bias is None else jnp.zeros_like(bias)
+        d_bias, gradients = jax.lax.scan(rows, d_bias, _groups((queries, keys, softmax), plan.rows))
+        if bias is not None:
+            d_bias = _merged(jnp.swapaxes(d_bias, 2, 3)[:, None], softmax[0].shape[2])
+        d_query, d_key, d_value = _rows(gradients)
+        return d_query.astype(queries.query.dtype), *(x.astype(keys.key.dtype) for x in (d_key, d_value)), d_bias
+
+    d_query, d_key, d_value, d_bias = _planned(run, queries, keys, bias, window, *softmax, d_out)
+    nothing: Any = None
+    d_queries = Queries(d_query, nothing, nothing, nothing)
+    return d_queries, Keys(d_key, d_value, nothing, nothing, nothing), d_bias, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _scan(function: Callable[..., Any], carry: Any, parts: Any, number: int) -> Any:
+    # As `jax.lax.scan`, but that a single part does without a loop.
+    if number > 1:
+        return jax.lax.scan(function, carry, parts)
+    carry, out = function(carry, jax.tree.map(lambda x: x[0], parts))
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
+# --- one row: heads, queries T, keys S ------------------------------------------------------------------------------
+
+
+def _product(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:
+    """Returns the float32 product of `[H, ...]` and `[H, ...]` over one axis of each."""
+    over = ((left_axis,), (right_axis,)), ((0,), (0,))
+    return jax.lax.dot_general(left, right, over, preferred_element_type=jnp.float32)
+
+
+def _allowed(rules: Rules, queries: Queries, keys: Keys, window: Any, query_axis: int) -> jax.Array:
+    """Returns bool `[T, S]`, or `[S, T]` if queries are axis 1: who may look at whom."""
+
+    def column(x: jax.Array | None) -> Any:
+        return None if x is None else jnp.expand_dims(x, 1 - query_axis)
+
+    def line(x: jax.Array | None) -> Any:
+        return None if x is None else jnp.expand_dims(x, query_axis)
+
+    segments = line(keys.segments)
+    allowed = (column(queries.segments) == segments) & (segments > 0)
+    here, there = column(queries.positions), line(keys.positions)
+    if rules.causal:
+        allowed &= there <= here
+    if window is not None:
+        allowed &= jnp.abs(here - there) < window
+    return allowed
+
+
+def _per_head(keys: Keys, heads: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns keys and values, times the factors, `[H, S, K]`, and the factors `[H, S, 1]`: each head has its own."""
+    times = heads // keys.key.shape[0]
+    key, value = (jnp.repeat(x, times, axis=0) if times > 1 else x for x in (keys.key, keys.value))
+    if keys.factors is None:
+        return key, value, None
+    factors = keys.factors[..., None]
+    return key, (value * factors).astype(value.dtype), factors
+
+
+def _forward(rules: Rules, queries: Queries, keys: Keys, *, bias: Any, window: Any) -> tuple[jax.Array, ...]:
+    query = queries.query
+    key, value, _ = _per_head(keys, query.shape[0])
+    logits = _product(query, key, 2, 2)
+    logits = logits if bias is None else logits + bias
+    logits = jnp.where(_allowed(rules, queries, keys, window, query_axis=0), logits, MASKED)
+    top = jnp.max(logits, axis=-1)
+    weights = jnp.exp(logits - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    scale = 1.0 / total
+    if queries.seeds is not None:
+        weights = jnp.where(kept(queries.seeds[:, :, None], weights.shape, 2, rules.rate), weights, 0.0)
+        scale *= 1.0 / (1.0 - rules.rate)
+    out = _product(weights.astype(query.dtype), value, 2, 1) * scale[..., None]
+    return out.astype(query.dtype), top, total
+
+
+def _backward(
+    rules: Rules, queries: Queries, keys: Keys, softmax: tuple[jax.Array, ...], *, bias: Any, window: Any
+) -> tuple[jax.Array, ...]:
+    """Returns gradients: of queries, of logits `[H, S, T]`, of keys and values.
+
+    Logits have the keys first here. Of the five products one then sums over the first axis of a factor, with the
+    queries first it would be three, and that is what a CPU is slow at.
+    """
+    query = queries.query
+    heads, groups = query.shape[0], keys.key.shape[0]
+    out, top, total, d_out = softmax
+    key, value, factors = _per_head(keys, heads)
+    allowed = _allowed(rules, queries, keys, window, query_axis=1)
+    logits = _product(key, query, 2, 2)
+    logits = logits if bias is None else logits + bias
+    # What fills a block up has a sum of 0.
+    scale = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
+    weights = jnp.exp(jnp.where(allowed, logits, MASKED) - top[:, None, :]) * scale[:, None, :]
+    d_weights = _product(value, d_out, 2, 2)
+    dropped = weights
+    if queries.seeds is not None:
+        keep = kept(queries.seeds[:, None], weights.shape, 1, rules.rate)
+        factor = 1.0 / (1.0 - rules.rate)
+        dropped, d_weights = (jnp.where(keep, x * factor, 0.0) for x in (weights, d_weights))
+    along = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    d_logits = jnp.where(allowed, weights * (d_weights - along[:, None, :]), 0.0)
+    d_value = _product(dropped.astype(query.dtype), d_out, 2, 1)
+    if factors is not None:
+        d_value *= factors
+    rounded = d_logits.astype(query.dtype)
+    d_key = _product(rounded, query, 2, 1)
+    d_query = jnp.swapaxes(_product(key, rounded, 1, 1), 1, 2)
+    d_key, d_value = (x.reshape(groups, heads // groups, *x.shape[1:]).sum(axis=1) for x in (d_key, d_value))
+    return d_query, d_logits, d_key, d_value
