@@ -5,7 +5,6 @@ each written by Orbax and restored onto any mesh. It is made under another name 
 has been read back and is sealed (see `integrity`): so what is called a checkpoint is one.
 """
 
-import asyncio
 import contextlib
 import errno
 import itertools
@@ -15,7 +14,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from etils import epath
 from t5x_lite.errors import InputError
 from t5x_lite.run_directory import UNREADABLE, complete_steps, has_begun
 from t5x_lite.training import checkpoint_files, integrity
+from t5x_lite.training import checkpoint_writing as writing
 from t5x_lite.training.agreement import Agreement
 from t5x_lite.training.checkpoint_files import Record, first_line, read_record, stored_arrays, why_kept
 from t5x_lite.training.integrity import UnreadableCheckpoint
@@ -35,10 +34,6 @@ from t5x_lite.training.state import TrainState
 
 PARTIAL, DELETED = ".partial", ".deleted"  # suffixes of what is being made, and of what is going
 MARGIN = 1.05  # of free space over the arrays' bytes: for the files that describe them, and whatever else is written
-
-# Arrays are stored as they are: compressing them saved 8 % of the disk, and took four times the processor's time and
-# up to 1.5 times the state in memory. In parts of at most this size, so that reading one needs no more memory.
-_PART_BYTES = 32 * 2**20
 
 
 class Checkpointer:
@@ -86,12 +81,12 @@ class Checkpointer:
         items, pending = _items(state), list[Any]()
         try:
             self._agreement.together("room", lambda: self._check_room(step, items))
-            self._agreement.first("prepared", lambda: _make_directories(partial, items))
-            self._agreement.together("copied", lambda: pending.extend(_start_writing(partial, items)))
+            self._agreement.first("prepared", lambda: writing.make_directories(partial, items))
+            self._agreement.together("copied", lambda: pending.extend(writing.start_writing(partial, items)))
         except Exception as error:
             self._discard(partial, pending)
             raise self._explained(step, error) from error
-        prints = {name: integrity.fingerprint(array) for name, array in _named(items)}
+        prints = {name: integrity.fingerprint(array) for name, array in writing.named(items)}
         self._thread = threading.Thread(
             target=self._finish, args=(step, partial, list(items), pending, prints, loss), name="save", daemon=True
         )
@@ -172,22 +167,25 @@ class Checkpointer:
         agreement = self._agreement
         mine = (agreement.index, agreement.count)
         try:
-            agreement.together("written", lambda: _wait_for(pending, agreement.timeout))
+            agreement.together("written", lambda: writing.wait_for(pending, agreement.timeout))
             fingerprints = {name: int(value) for name, value in prints.items()}
             record = Record(time.time(), loss, fingerprints)
-            agreement.first("merged", lambda: _complete(partial, items, record))
-            found = agreement.together("read back", lambda: _check_written(partial, fingerprints, mine))
+            agreement.first("merged", lambda: writing.complete(partial, items, record))
+            found = agreement.together("read back", lambda: writing.check_written(partial, fingerprints, mine))
             sums = {name: digest for part in found for name, digest in part.items()}
             agreement.first("kept", lambda: self._keep_it(step, partial, dict(sorted(sums.items()))))
         except Exception as error:
             self._discard(partial, pending)
             self._failure = step, error
+        finally:
+            pending.clear()  # they hold the state that was saved
+            writing.give_back_memory()
 
     def _keep_it(self, step: int, partial: Path, sums: dict[str, str]) -> None:
         integrity.seal(partial, sums)
         final = self.directory / str(step)
         partial.rename(final)
-        _to_disk(self.directory)
+        writing.to_disk(self.directory)
         if self._saved is not None:
             self._saved(step)
         losses = {step: _loss(self.directory / str(step)) for step in self.steps()}
@@ -200,7 +198,7 @@ class Checkpointer:
 
     def _discard(self, partial: Path, pending: list[Any]) -> None:
         with contextlib.suppress(Exception):  # what is still written would come back
-            _wait_for(pending, self._agreement.timeout)
+            writing.wait_for(pending, self._agreement.timeout)
         if self._agreement.index == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -278,11 +276,11 @@ def save_params(path: Path, params: Any) -> None:
     """
     partial = path.absolute().with_name(f".{path.name}{PARTIAL}")
     items = {"params": params}
-    _make_directories(partial, items)
-    _wait_for(_start_writing(partial, items), None)
-    fingerprints = {name: int(integrity.fingerprint(array)) for name, array in _named(items)}
-    _complete(partial, list(items), Record(time.time(), None, fingerprints))
-    integrity.seal(partial, _check_written(partial, fingerprints, (0, 1)))
+    writing.make_directories(partial, items)
+    writing.wait_for(writing.start_writing(partial, items), None)
+    fingerprints = {name: int(integrity.fingerprint(array)) for name, array in writing.named(items)}
+    writing.complete(partial, list(items), Record(time.time(), None, fingerprints))
+    integrity.seal(partial, writing.check_written(partial, fingerprints, (0, 1)))
     partial.rename(path)
 
 
@@ -316,61 +314,6 @@ def _state(step: int, found: dict[str, Any], abstract: TrainState) -> TrainState
     )
 
 
-def _handler() -> Any:
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
-
-
-def _make_directories(partial: Path, items: dict[str, Any]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    for name in items:
-        (partial / name).mkdir(parents=True)
-
-
-def _start_writing(partial: Path, items: dict[str, Any]) -> list[Any]:
-    """Copies this process's part of the arrays from its devices, and returns what to wait for until it is written."""
-
-    async def start() -> list[Any]:
-        pending = []
-        for name, tree in items.items():
-            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PART_BYTES), tree)
-            args = ocp.args.PyTreeSave(tree, save_args=save_args)
-            pending += await _handler().async_save(epath.Path(partial / name), args=args) or []
-        return pending
-
-    with ThreadPoolExecutor(1) as pool:  # whoever calls may have an event loop of its own, as notebooks do
-        return pool.submit(asyncio.run, start()).result()
-
-
-def _wait_for(pending: list[Any], timeout: float | None) -> None:
-    end = None if timeout is None else time.monotonic() + timeout
-    for future in pending:
-        future.result(timeout=None if end is None else max(1, math.ceil(end - time.monotonic())))
-
-
-def _complete(partial: Path, items: list[str], record: Record) -> None:
-    for name in items:
-        _handler().finalize(epath.Path(partial / name))
-    checkpoint_files.write_record(partial, record)
-
-
-def _check_written(partial: Path, fingerprints: dict[str, int], share: tuple[int, int]) -> dict[str, str]:
-    """Reads back this process's share of files and arrays; returns the digests of the files.
-
-    Raises:
-      RuntimeError: an array is not what was saved.
-    """
-    found = integrity.digests(partial, share, fresh=True)
-    arrays = stored_arrays(partial)
-    if arrays.keys() != fingerprints.keys():
-        raise RuntimeError(f"{min(arrays.keys() ^ fingerprints.keys())} was not written to {partial} as it was saved")
-    for name in sorted(arrays)[share[0] :: share[1]]:
-        if arrays[name].fingerprint() != fingerprints[name]:
-            raise RuntimeError(
-                f"{name}, as read back from {partial.parent}, is not what was saved: memory or disk cannot be relied on"
-            )
-    return found
-
-
 def _read_together(path: Path, items: dict[str, Any], agreement: Agreement | None) -> tuple[dict[str, Any], list[str]]:
     """Restores items as `read`; all processes read, and fail, together if they have an agreement."""
     share = (agreement.index, agreement.count) if agreement else (0, 1)
@@ -396,8 +339,8 @@ def _read_together(path: Path, items: dict[str, Any], agreement: Agreement | Non
         sealed, notes = agreement.together("checked", check)[0]
         agreement.together("restored", restore)
     expected = read_record(path).fingerprints
-    asked = {name: leaf.dtype for name, leaf in _named(items)}
-    prints = {name: integrity.fingerprint(array) for name, array in _named(restored) if name in expected}
+    asked = {name: leaf.dtype for name, leaf in writing.named(items)}
+    prints = {name: integrity.fingerprint(array) for name, array in writing.named(restored) if name in expected}
     stored = {name: array.dtype for name, array in stored_arrays(path).items()}
     for name, value in prints.items():
         if stored[name] == asked[name] and int(value) != expected[name]:  # another dtype has other bits
@@ -414,7 +357,7 @@ def _restore(path: Path, items: dict[str, Any], sealed: bool) -> dict[str, Any]:
             _check_shapes(path, name, abstract)
             restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
             args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
-            restored[name] = _handler().restore(epath.Path(path / name), args=args)
+            restored[name] = writing.handler().restore(epath.Path(path / name), args=args)
         except (InputError, UnreadableCheckpoint):
             raise
         except Exception as error:
@@ -426,23 +369,13 @@ def _restore(path: Path, items: dict[str, Any], sealed: bool) -> dict[str, Any]:
 
 def _check_shapes(path: Path, item: str, abstract: Any) -> None:
     have = {name: array.shape for name, array in stored_arrays(path).items() if name.startswith(f"{item}/")}
-    want = {name: tuple(leaf.shape) for name, leaf in _named({item: abstract})}
+    want = {name: tuple(leaf.shape) for name, leaf in writing.named({item: abstract})}
     for name in sorted(want.keys() | have.keys()):
         if have.get(name) != want.get(name):
             raise InputError(
                 f"checkpoint {path} does not fit the model: {name} is {have.get(name, 'absent')} there"
                 f" and {want.get(name, 'absent')} here"
             )
-
-
-def _named(items: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Returns the arrays with their names; those of named tuples are as Orbax stores them, by field."""
-
-    def plain(key: Any) -> str:
-        return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
-
-    flat = jax.tree_util.tree_flatten_with_path(items)[0]
-    return [("/".join(plain(key) for key in keys), leaf) for keys, leaf in flat]
 
 
 def _candidates(path: Path) -> Iterator[Path]:
@@ -470,12 +403,3 @@ def _remove_leftovers(directory: Path) -> None:
     for pattern in (f".*{PARTIAL}", f".*{DELETED}", "*.orbax-checkpoint-tmp*"):
         for path in directory.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _to_disk(directory: Path) -> None:
-    """Brings a directory's names to the disk, so that a rename outlives a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from t5x_lite import sharding
-from t5x_lite.training import checkpoints
+from t5x_lite.training import checkpoint_writing as writing
 from t5x_lite.training.checkpoints import Checkpointer
 from t5x_lite.training.state import TrainState
 
@@ -72,25 +72,25 @@ elif what == "restore":
     state, notes = checkpointer.restore(abstract)
     answer(step=int(state.step), same=same(state, make_state(int(state.step))), notes=notes)
 elif what == "fail":
-    start = checkpoints._start_writing
+    start = writing.start_writing
     def failing(partial, items):
         if index == 1:
             raise OSError(28, "No space left on device")
         return start(partial, items)
-    checkpoints._start_writing = failing
+    writing.start_writing = failing
     errors = []
     try:
         checkpointer.save(make_state(4))
         checkpointer.wait()
     except Exception as error:
         errors.append(f"{type(error).__name__}: {error}")
-    checkpoints._start_writing = start
-    wait = checkpoints._wait_for
+    writing.start_writing = start
+    wait = writing.wait_for
     def failing_wait(*args):
         wait(*args)
         if index == 1:
             1 / 0
-    checkpoints._wait_for = failing_wait
+    writing.wait_for = failing_wait
     try:
         checkpointer.save(make_state(5))
         checkpointer.wait()
