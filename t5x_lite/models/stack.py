@@ -13,6 +13,7 @@ from flax import struct
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.initialization import Initializers, initializers
 from t5x_lite.nn.attention import Attention, KeysValues, Mask
+from t5x_lite.nn.dense import stream_dtype
 from t5x_lite.nn.dropout import Dropout
 from t5x_lite.nn.embeddings import SmallEmbedding
 from t5x_lite.nn.feed_forward import FeedForward
@@ -175,8 +176,8 @@ class Layer(nn.Module):
         )
 
     def _sublayer(self, x: jax.Array, name: str, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        norm: Any = make_norm(self.config, self.dtype, f"{name}_norm")
         pre = self.config.norm_position == "pre"
+        norm: Any = make_norm(self.config, self.dtype if pre else stream_dtype(self.dtype), f"{name}_norm")
         y = function(norm(x) if pre else x)
         x = x + make_dropout(self.config)(y, enabled=self.enable_dropout)
         return constrain(x if pre else norm(x), "batch", "length", "features")
@@ -267,6 +268,7 @@ class Stack(nn.Module):
 
     def _embed(self, x: jax.Array, context: Context, enable_dropout: bool) -> jax.Array:
         cfg = self.config
+        x = x.astype(stream_dtype(self.dtype))
         if cfg.scaled_embedding:
             x = x * cfg.embed_dim**0.5
         if cfg.positions == "learned":
@@ -278,7 +280,7 @@ class Stack(nn.Module):
             types = jnp.zeros_like(context.positions) if context.token_types is None else context.token_types
             x = x + self._table("token_types", cfg.token_types, axis="types")(types)
         if cfg.embedding_norm:
-            x = cast(Any, make_norm(cfg, self.dtype, "embedding_norm"))(x)
+            x = cast(Any, make_norm(cfg, x.dtype, "embedding_norm"))(x)
         return make_dropout(cfg)(x, enabled=enable_dropout)
 
     def _table(self, name: str, rows: int, axis: str = "positions") -> SmallEmbedding:

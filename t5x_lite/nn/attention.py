@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from t5x_lite.nn.dense import FEW_ROWS, Dense, larger_first
+from t5x_lite.nn.dense import FEW_ROWS, Dense, larger_first, stream_dtype
 from t5x_lite.nn.parameters import Initializer, fan_in_normal
 from t5x_lite.nn.positions import Rotation
 from t5x_lite.nn.row_attention import MASKED, Keys, Queries, Rules, row_attention
@@ -265,7 +265,8 @@ class Attention(nn.Module):
         self.query = Dense(joined, ("embed", "heads"), self.query_init, **rest)
         self.key = Dense(kv_joined, ("embed", self._kv_axis), self.kernel_init, **rest)
         self.value = Dense(kv_joined, ("embed", self._kv_axis), self.kernel_init, **rest)
-        self.out = Dense(self.embed_dim, ("heads", "embed"), self.residual_init, **rest)
+        out_dtype = stream_dtype(self.dtype)
+        self.out = Dense(self.embed_dim, ("heads", "embed"), self.residual_init, out_dtype=out_dtype, **rest)
 
     @property
     def _kv_axis(self) -> str:

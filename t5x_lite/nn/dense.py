@@ -149,6 +149,15 @@ def _unconverted(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.
     return _product(rows, kernel, axis, jnp.float32)[0].astype(dtype).reshape(*x.shape[:-1], -1)
 
 
+def stream_dtype(dtype: Any) -> Any:
+    """Returns the dtype of the residual stream, and of what is added to it, when the computation has `dtype`.
+
+    It is the same, but for float16, which ends at 65504: sums over a feed-forward block of trained T5s are larger
+    (Hugging Face keeps T5's `wo` in float32, and with it the stream), and float32 has room for them.
+    """
+    return jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype
+
+
 class Dense(nn.Module):
     """`x @ kernel`, over the last axis, plus a bias if asked for.
 
@@ -159,6 +168,7 @@ class Dense(nn.Module):
       kernel_init: initializer; sees the 2-D shape.
       use_bias: whether there is a bias `[features]`, which starts at 0.
       dtype: of the factors and the sum; parameters are stored in float32, or for decoding as they are given.
+      out_dtype: of the sum, if that is another.
     """
 
     features: int
@@ -166,17 +176,19 @@ class Dense(nn.Module):
     kernel_init: Initializer = fan_in_normal()
     use_bias: bool = False
     dtype: Any = jnp.float32
+    out_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., in]` to `[..., features]`."""
+        out_dtype = self.out_dtype or self.dtype
         kernel = self.get_variable("params", _TURNED)
         if kernel is None:
             kernel = matrix(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-            x = linear(x, kernel, self.dtype, self.dtype)
+            x = linear(x, kernel, self.dtype, out_dtype)
         else:
-            x = linear(x, kernel, self.dtype, self.dtype, transposed=True)
+            x = linear(x, kernel, self.dtype, out_dtype, transposed=True)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
-            x = x + bias.astype(self.dtype)
+            x = x + bias.astype(out_dtype)
         return x

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.nn.dense import Dense
+from t5x_lite.nn.dense import Dense, stream_dtype
 from t5x_lite.nn.dropout import Dropout
 from t5x_lite.nn.parameters import Initializer, fan_in_normal
 from t5x_lite.sharding import constrain
@@ -58,4 +58,5 @@ class FeedForward(nn.Module):
         hidden = activation(project("gate")) * project("up") if self.gated else activation(project("up"))
         hidden = constrain(hidden, "batch", "length", "mlp")
         hidden = Dropout(self.dropout_rate, self.dropout_shared)(hidden, enabled=enable_dropout)
-        return Dense(x.shape[-1], ("mlp", "embed"), self.residual_init, self.use_bias, self.dtype, name="down")(hidden)
+        down = (self.residual_init, self.use_bias, self.dtype, stream_dtype(self.dtype))
+        return Dense(x.shape[-1], ("mlp", "embed"), *down, name="down")(hidden)
