@@ -30,8 +30,6 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, step: int, trackers: Sequence[Tracker] = ()):
-        import tensorboardX
-
         self._path = directory / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
@@ -39,7 +37,7 @@ class MetricsLog:
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.rename(self._path)
         self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._board = _Board(directory / "tensorboard", step + 1)
         self._trackers = trackers
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -51,9 +49,8 @@ class MetricsLog:
         self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
         self._file.flush()
         prefix = record.get("split", "train")
-        for name, value in record.items():
-            if name not in ("step", "split", "time"):
-                self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+        numbers = {f"{prefix}/{name}": value for name, value in record.items() if name not in ("step", "split", "time")}
+        self._board.write(record["step"], numbers)
         for tracker in self._trackers:
             tracker.write(record)
 
@@ -64,6 +61,36 @@ class MetricsLog:
         self._board.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+class _Board:
+    """Writes scalars for TensorBoard, each step's in one event and by the caller itself.
+
+    The writer that tensorboardX has for this hands them to a thread. When the disk is full or the clock is set back,
+    that thread dies with a traceback, and the training waits for ever for room in its queue.
+    """
+
+    def __init__(self, directory: Path, first_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        directory.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(directory / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # what is there from this step on is void
+        self._write(self._event(step=first_step, session_log=start))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=name, simple_value=float(number)) for name, number in numbers.items()]
+        self._write(self._event(step=step, summary=self._summary(value=values)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._file.write_event(event)
+        self._file.flush()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
