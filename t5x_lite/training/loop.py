@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -27,13 +26,16 @@ from t5x_lite.interop import checkpoints
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.training.checkpoints import Checkpointer, load_params
-from t5x_lite.training.monitor import MetricsLog, read_metrics
+from t5x_lite.training.diagnosis import Finding, diagnose
+from t5x_lite.training.monitor import EventLog, read_metrics
 from t5x_lite.training.nonfinite import NonFinite
 from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.processes import Group, current
+from t5x_lite.training.scalars import Scalars
 from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import TrainState, abstract_state, init_state
-from t5x_lite.training.step import make_eval_step, make_train_step
+from t5x_lite.training.step import dropout_key, loss_gradients, make_eval_step, make_train_step
+from t5x_lite.training.watching import Watch
 
 
 class Observer:
@@ -171,31 +173,37 @@ def _train(
             observer.note(note)
 
     group.gather("whether the run can go on")
+    events = None if group.index else EventLog(out)
     checkpointer = Checkpointer(
         out / "checkpoints",
         config.train.keep_checkpoints,
         keep_every=config.train.keep_every,
         timeout=config.distributed.timeout,
+        saved=None if events is None else lambda step: events.write("saved", step),
     )
     try:
         with group.waiting("the state to begin with"):
-            state = _first_state(config, model, tx, mesh, abstract, checkpointer, observer)
+            state = _first_state(config, model, tx, mesh, abstract, checkpointer, observer, events)
         if group.index == 0:
             run_directory.record(out, config, fingerprint)
         _announce(config, model, mesh, state, dataset, tokenizer, observer)
-        log = None if group.index else MetricsLog(out, int(state.step))
+        watch = Watch(config, mesh, out, int(state.step), events)
+        run = _Run(config, model, tx, schedule, mesh, tokenizer, read.validation, checkpointer, watch, observer, group)
         try:
-            run = _Run(
-                config, model, tx, schedule, mesh, tokenizer, read.validation, checkpointer, log, observer, group
-            )
             state, metrics = run(state, dataset)
+        except BaseException as error:
+            watch.ended(error, run.reported)
+            raise
         finally:
-            if log:
-                log.close()
+            watch.close()
     finally:
         with group.waiting("the last checkpoint"):
             checkpointer.close()
     ended_by = run.ended_by
+    if ended_by:
+        watch.event("preempted", int(state.step), by=ended_by)
+    else:
+        watch.event("finished", int(state.step), **metrics)
     if ended_by:
         observer.note(f"{ended_by}: ended after step {int(state.step)}; the same command goes on from there")
     return TrainResult(config, state, metrics, tokenizer, mesh, ended_by)
@@ -206,8 +214,7 @@ class _Made:
     """A step that was started and not reported yet."""
 
     step: int
-    metrics: Any
-    tokens: int
+    metrics: Scalars
     batch: Any
 
 
@@ -223,10 +230,12 @@ class _Run:
     tokenizer: Tokenizer
     validation: Dataset
     checkpointer: Checkpointer
-    log: MetricsLog | None
+    watch: Watch
     observer: Observer
     group: Group
     ended_by: str = ""
+    reported: int = 0  # the latest step whose numbers are known
+    diagnoses: int = 5  # how many skipped steps are still looked into: it takes as long as compiling
     kept: int = 0  # the step of the latest checkpoint
     pending: "_Made | None" = None
 
@@ -261,23 +270,25 @@ class _Run:
         )
         self.eval_step = make_eval_step(self.model, self.mesh)
         self.non_finite = NonFinite(cfg.nonfinite)
-        self.clock, self.waited = time.perf_counter(), 0.0
         metrics: Mapping[str, float] = {}
-        done = self.kept = int(state.step)
+        done = self.kept = self.reported = int(state.step)
         self._warm_up()
         if self._lacks_evaluation(done):
             metrics = self._evaluate(done)
+        self.watch.pace.pause()
         load = dataset.loader(done, *sharding.batch_share(self.mesh))
         for index, rows in self._timed(prefetch(load, done, cfg.steps, workers=self.config.data.workers)):
-            tokens = sum(int(np.sum(value > 0)) for key, value in rows.items() if key.endswith("_segment_ids"))
             self._tick(f"step {index + 1}")
             batch = sharding.put_batch(self.mesh, rows)
             # The copy to the devices and the step are queued behind the step before, which may still be running.
-            with self.group.waiting(f"step {index + 1}"):
+            with self.group.waiting(f"step {index + 1}"), self.watch.profiler.step(index + 1, self.state.step):
                 self.state, step_metrics = train_step(self.state, batch)
+            self.watch.count(index + 1, self._gradients, self.state.params, batch)
+            if self.watch.profiler.made(index + 1, step_metrics):
+                self.watch.event("profiled", index + 1)
             # The numbers of the step before: reading those of this one would wait for it with nothing queued behind.
             self._report(self.pending, self.state)
-            step, self.pending = index + 1, _Made(index + 1, step_metrics, tokens, batch)
+            step, self.pending = index + 1, _Made(index + 1, step_metrics, batch)
             last = step == cfg.steps
             evaluating, saving = last or _due(step, cfg.eval_every), last or _due(step, cfg.checkpoint_every)
             if evaluating or saving:
@@ -288,7 +299,7 @@ class _Run:
             if saving:
                 self._save(metrics["loss"] if evaluating else None)
             if evaluating or saving:
-                self.clock, self.waited = time.perf_counter(), 0.0
+                self.watch.pace.pause()
         return metrics or self._evaluate(int(self.state.step), log=False)
 
     def _tick(self, doing: str) -> None:
@@ -305,7 +316,7 @@ class _Run:
     def _lacks_evaluation(self, step: int) -> bool:
         """Returns whether a signal came before the evaluation that this step should have had."""
         lacks = False
-        if self.log and step and (_due(step, self.config.train.eval_every) or step == self.config.train.steps):
+        if self.watch.log and step and (_due(step, self.config.train.eval_every) or step == self.config.train.steps):
             records = read_metrics(Path(self.config.out).expanduser())
             lacks = not any("split" in record and record["step"] == step for record in records)
         return self.group.gather("whether an evaluation is missing", lacks)[0]
@@ -319,7 +330,7 @@ class _Run:
         while True:
             began = time.perf_counter()
             found = next(batches, None)
-            self.waited += time.perf_counter() - began
+            self.watch.pace.waited(time.perf_counter() - began)
             if found is None:
                 return
             yield found
@@ -329,24 +340,56 @@ class _Run:
             return
         step = made.step
         with self.group.waiting(f"the result of step {step}"):
-            record = {"step": step, **{name: float(value) for name, value in jax.device_get(made.metrics).items()}}
+            record: dict[str, Any] = {"step": step, **made.metrics.fetch()}
         self.group.settled()
-        now = time.perf_counter()
-        record["tokens_per_second"] = made.tokens / (now - self.clock)
-        record["data_wait"] = self.waited / (now - self.clock)
-        self.clock, self.waited = now, 0.0
-        if why := self.non_finite.reason_to_stop(record):
+        self.reported = step
+        self._check_finite(record, made)
+        cfg = self.config.train
+        logged = _due(step, cfg.log_every) or step in (1, cfg.steps)
+        self.observer.step(self.watch.step(record, made.batch, logged), cfg.steps)
+
+    def _check_finite(self, record: Mapping[str, Any], made: "_Made") -> None:
+        """Says what a step that was not finite is traced back to, and raises if the run cannot go on."""
+        step, why = made.step, self.non_finite.reason_to_stop(record)
+        if record["finite"]:
+            return
+        if why:
             self.checkpointer.wait()  # one may still be on its way to the disk
             kept = self.checkpointer.steps()
             raise FloatingPointError(
-                f"step {step}: {why}; "
+                f"step {step}: {why}; {self._diagnose(record, made)}; "
                 + (f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet")
             )
-        if not record["finite"]:
-            self.observer.note(f"step {step} was skipped: {_overflow(record)}")
-        self.observer.step(record, self.config.train.steps)
-        if _due(step, self.config.train.log_every) or step in (1, self.config.train.steps):
-            self._log(record)
+        details: dict[str, Any] = {}
+        note = f"step {step} was skipped: {_overflow(record)}"
+        # With float16 that is how the loss scale is found, and nobody's fault.
+        if "loss_scale" in record:
+            details = {"loss_scale": record["loss_scale"]}
+        elif self.diagnoses:
+            self.diagnoses -= 1
+            finding = self._diagnose(record, made)
+            note, details = f"{note}; {finding}", finding.as_details()
+        self.observer.note(note)
+        self.watch.event("skipped", step, **details)
+
+    def _diagnose(self, record: Mapping[str, Any], made: "_Made") -> Finding:
+        cfg = self.config.train
+        with self.group.waiting(f"what was not finite in step {made.step}"):
+            return diagnose(
+                self.model,
+                self.state.params,
+                made.batch,
+                dropout_key(cfg.seed, made.step - 1),
+                mesh=self.mesh,
+                microbatches=cfg.microbatches,
+                z_loss=cfg.z_loss,
+                scale=record.get("loss_scale", 1.0),
+            )
+
+    def _gradients(self, params: Any, batch: Any) -> Any:
+        """Returns what a step computes, without the optimizer's part."""
+        cfg, key = self.config.train, dropout_key(self.config.train.seed, 0)
+        return loss_gradients(self.model, params, batch, microbatches=cfg.microbatches, z_loss=cfg.z_loss, key=key)
 
     def _evaluate(self, step: int, log: bool = True) -> Mapping[str, float]:
         batches = self._until_asked(self.validation.eval_batches(*sharding.batch_share(self.mesh)), step)
@@ -356,7 +399,7 @@ class _Run:
             )
         record = {"step": step, "split": "validation", **metrics}
         if log:
-            self._log(record)
+            self.watch.write(record)
         self.observer.evaluation(record)
         return metrics
 
@@ -364,10 +407,6 @@ class _Run:
         for number, batch in enumerate(batches, 1):
             self._tick(f"batch {number} of the evaluation of step {step}")
             yield batch
-
-    def _log(self, record: Mapping[str, Any]) -> None:
-        if self.log:
-            self.log.write(record)
 
 
 class _Asked(Exception):
@@ -406,10 +445,13 @@ def _first_state(
     abstract: TrainState,
     checkpointer: Checkpointer,
     observer: Observer,
+    events: EventLog | None,
 ) -> TrainState:
     state, notes = checkpointer.restore(abstract)
     for note in notes:
         observer.note(note)
+        if events is not None:
+            events.write("checkpoint_unreadable", 0 if state is None else int(state.step), note=note)
     if state is not None:
         observer.note(f"continuing {config.out} from step {int(state.step)}")
         return state

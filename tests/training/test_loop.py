@@ -25,6 +25,7 @@ from t5x_lite.run_directory import complete_steps
 from t5x_lite.training import loop
 from t5x_lite.training.loop import Observer, train
 from t5x_lite.training.monitor import MetricsLog, read_metrics
+from t5x_lite.training.scalars import Scalars
 
 
 class Notes(Observer):
@@ -254,7 +255,7 @@ def test_stops_at_a_loss_that_is_not_finite(tiny_settings: list[str], tmp_path: 
         def call(state, batch):
             state, metrics = step(state, batch)
             if int(state.step) == 6:
-                metrics = {**metrics, "loss": metrics["loss"] * float("nan"), "finite": metrics["finite"] * 0}
+                metrics = Scalars.of({**metrics, "loss": metrics["loss"] * float("nan"), "finite": 0.0})
             return state, metrics
 
         return call

@@ -77,7 +77,7 @@ def one_device(config: TransformerConfig, params: Any, batches: list[Any]) -> Ru
 
 def test_metrics(one_device: Run, batches: list[Any]) -> None:
     norms = {f"{kind}_norm" for kind in ("gradient", "parameter", "update")}
-    names = {"loss", "z_loss", "accuracy", "target_tokens", "learning_rate", "finite", "skipped", *norms}
+    names = {"loss", "z_loss", "accuracy", "target_tokens", "tokens", "learning_rate", "finite", "skipped", *norms}
     for number, (metrics, batch) in enumerate(zip(one_device.metrics, batches, strict=True)):
         assert {name for name in metrics if "/" not in name} == names
         assert all(np.isfinite(value) for value in metrics.values())
