@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         if cfg.head in ("masked_lm", "pretraining"):
             if self.is_initializing() and cfg.head == "pretraining":
                 self._next_sentence(encoded, False)
-            return self._predict_masked(encoded)
+            return self.head_logits(encoded)
         if cfg.head == "sequence_classification":
             encoded = self._pool(encoded)
         if cfg.head in ("sequence_classification", "token_classification"):
@@ -202,6 +202,26 @@ class Transformer(nn.Module):
         logits = self._logits(x)
         return logits if cache is None else (logits, cache)
 
+    def prediction_inputs(self, batch: Batch, *, enable_dropout: bool = False) -> jax.Array:
+        """Returns the hidden states `[B, L, D]` that `head_logits` predicts tokens from; see `__call__`."""
+        encoded = self.encode(batch, enable_dropout=enable_dropout) if self.config.num_encoder_layers else None
+        if not self.config.num_decoder_layers:
+            return cast(jax.Array, encoded)
+        return self._decode(batch, encoded, None, None, enable_dropout)[0]
+
+    def head_logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits `[B, L, V]` of hidden states; it reads `head_params` alone."""
+        if not self.config.num_decoder_layers:
+            hidden = ACTIVATIONS[self.config.activation](self.prediction_transform(hidden))
+            hidden = self.prediction_norm(hidden)
+        return self._logits(hidden)
+
+    @nn.nowrap
+    def head_params(self, params: Any) -> Any:
+        """Returns those of the parameters that `head_logits` reads."""
+        parts = ["head", "prediction_transform", "prediction_norm", *(["embedding"] if self.config.tied_head else [])]
+        return {name: params[name] for name in parts if name in params}
+
     def hidden_states(self, batch: Batch) -> jax.Array:
         """Returns the contextual embedding of every token: of the encoder if there is one, else of the decoder."""
         return self.encode(batch) if self.config.num_encoder_layers else self._decode(batch, None, None, None, False)[0]
@@ -214,10 +234,15 @@ class Transformer(nn.Module):
         """Returns BERT's logits `[B, 2]`: segment B follows A, or does not."""
         return self._next_sentence(self.encode(batch, enable_dropout=enable_dropout), enable_dropout)
 
+    def pretraining_inputs(self, batch: Batch, *, enable_dropout: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Returns what `prediction_inputs` does, and the next-sentence logits of the same pass."""
+        encoded = self.encode(batch, enable_dropout=enable_dropout)
+        return encoded, self._next_sentence(encoded, enable_dropout)
+
     def pretrain(self, batch: Batch, *, enable_dropout: bool = False) -> tuple[jax.Array, jax.Array]:
         """Returns masked-LM and next-sentence logits of one pass."""
-        encoded = self.encode(batch, enable_dropout=enable_dropout)
-        return self._predict_masked(encoded), self._next_sentence(encoded, enable_dropout)
+        encoded, labels = self.pretraining_inputs(batch, enable_dropout=enable_dropout)
+        return self.head_logits(encoded), labels
 
     def _pool(self, encoded: jax.Array) -> jax.Array:
         return jnp.tanh(self.pooler(encoded[:, 0]))
@@ -225,14 +250,10 @@ class Transformer(nn.Module):
     def _next_sentence(self, encoded: jax.Array, enable_dropout: bool) -> jax.Array:
         return self.next_sentence_head(self._pool(encoded)).astype(jnp.float32)
 
-    def _predict_masked(self, encoded: jax.Array) -> jax.Array:
-        x = ACTIVATIONS[self.config.activation](self.prediction_transform(encoded))
-        return self._logits(self.prediction_norm(x))
-
     def _logits(self, x: jax.Array) -> jax.Array:
         if self.config.scaled_head:
             x = x * self.config.embed_dim**-0.5
-        return self.head(x, self.embedding.table)
+        return self.head(x, self.embedding.table if self.config.tied_head else None)
 
     def _decode(
         self,

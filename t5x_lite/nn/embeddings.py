@@ -1,6 +1,6 @@
 """Tables of vectors, and the output head that may share the one of tokens."""
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -94,10 +94,11 @@ class Head(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: Matrix) -> jax.Array:
-        """Maps hidden states `[B, L, D]` to float32 logits `[B, L, V]`; `table` `[V, D]` is the embedding's."""
+    def __call__(self, x: jax.Array, table: Matrix | None) -> jax.Array:
+        """Maps hidden states `[B, L, D]` to float32 logits `[B, L, V]`; `table` `[V, D]` is a tied embedding's."""
         shape = (x.shape[-1], self.vocab_size)
-        kernel = table if self.tied else matrix(self, "kernel", self.kernel_init, shape, ("embed", "vocab"))
+        own = None if self.tied else matrix(self, "kernel", self.kernel_init, shape, ("embed", "vocab"))
+        kernel = cast(Matrix, table if own is None else own)
         logits = linear(x, kernel, self.dtype, jnp.float32, transposed=self.tied)
         if self.use_bias:
             logits = logits + parameter(self, "bias", nn.initializers.zeros, (self.vocab_size,), ("vocab",))

@@ -15,13 +15,19 @@ from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.transformer import Batch, Transformer, encoder_segments
 from t5x_lite.nn.attention import MASKED
 from t5x_lite.training.averaging import ema_update
-from t5x_lite.training.losses import LossSums, cross_entropy
+from t5x_lite.training.losses import (
+    PLAIN,
+    LossSettings,
+    LossSums,
+    chunked_cross_entropy,
+    cross_entropy,
+    number_of_chunks,
+)
 from t5x_lite.training.norms import norm_metrics
 from t5x_lite.training.optimizers import hold
-from t5x_lite.training.scalars import Scalars
 from t5x_lite.training.state import TrainState, state_shardings
 
-Metrics = Scalars
+Metrics = dict[str, jax.Array]
 
 
 class Targets(NamedTuple):
@@ -62,8 +68,8 @@ def batch_loss(
     model: Transformer,
     params: Any,
     batch: Batch,
+    settings: LossSettings = PLAIN,
     *,
-    z_loss: float = 0.0,
     dropout_key: jax.Array | None = None,
     second_task: jax.Array | float | None = None,
 ) -> LossSums:
@@ -73,23 +79,36 @@ def batch_loss(
       model: the model.
       params: its parameters.
       batch: with the targets of `batch_targets`.
-      z_loss: coefficient.
+      settings: what the loss is made of. Labels other than tokens are neither smoothed in chunks nor many.
       dropout_key: for dropout.
       second_task: what an example of the second task weighs, see `LossSums.auxiliary`; by default this batch's share.
     """
-    first, second = batch_targets(model.config, batch)
+    config = model.config
+    first, second = batch_targets(config, batch)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     call = partial(model.apply, {"params": params}, batch, enable_dropout=dropout_key is not None, rngs=rngs)
-    if second is None:
+    if not config.num_decoder_layers and config.head not in ("masked_lm", "pretraining"):
         logits: Any = call()
-        if model.config.head == "span":  # the classes are positions, and padding is none of them
-            real = encoder_segments(batch, model.config.pad_id) > 0
+        if config.head == "span":  # the classes are positions, and padding is none of them
+            real = encoder_segments(batch, config.pad_id) > 0
             logits = jnp.swapaxes(jnp.where(real[..., None], logits, MASKED), 1, 2)
-        return cross_entropy(logits, *first, z_loss)
-    logits, second_logits = cast(Any, call(method="pretrain"))
-    share = _second_task_share(model.config, batch) if second_task is None else second_task
-    auxiliary = cross_entropy(second_logits, *second).cross_entropy * share
-    return cross_entropy(logits, *first, z_loss)._replace(auxiliary=auxiliary)
+        return cross_entropy(logits, *first, settings)
+
+    def head(params: Any, hidden: jax.Array) -> jax.Array:
+        return cast(jax.Array, model.apply({"params": params}, hidden, method="head_logits"))
+
+    if second is None:
+        hidden, auxiliary = cast(jax.Array, call(method="prediction_inputs")), None
+    else:
+        hidden, second_logits = cast(Any, call(method="pretraining_inputs"))
+        share = _second_task_share(config, batch) if second_task is None else second_task
+        auxiliary = cross_entropy(second_logits, *second).cross_entropy * share
+    chunks = number_of_chunks(first.targets.shape, config.vocab_size, settings.chunk)
+    if chunks == 1:
+        sums = cross_entropy(head(params, hidden), *first, settings)
+    else:
+        sums = chunked_cross_entropy(head, model.head_params(params), hidden, *first, settings, chunks)
+    return sums if auxiliary is None else sums._replace(auxiliary=auxiliary)
 
 
 def _second_task_share(config: TransformerConfig, batch: Batch) -> jax.Array | float:
@@ -104,8 +123,9 @@ def loss_gradients(
     params: Any,
     batch: Batch,
     *,
+    settings: LossSettings = PLAIN,
+    z_loss: jax.Array | float | None = None,
     microbatches: int,
-    z_loss: float,
     key: jax.Array,
     scale: jax.Array | float = 1.0,
     trained: Any = None,
@@ -119,21 +139,23 @@ def loss_gradients(
       model: the model.
       params: its parameters.
       batch: the global batch; its rows must divide by `microbatches`.
+      settings: what the loss is made of.
+      z_loss: its coefficient, instead of the one in the settings.
       microbatches: how many parts are run one after the other, to save activation memory.
-      z_loss: coefficient.
       key: for dropout.
       scale: what the loss is multiplied by before the backward pass, and the gradients divided by after it.
       trained: tree of bools, which parameters are trained; the gradients of the others are 0 and not computed.
     """
     config = model.config
+    settings = settings if z_loss is None else dataclasses.replace(settings, z_loss=cast(float, z_loss))
     total = jnp.maximum(jnp.sum(batch_targets(config, batch)[0].weights), 1.0)
     share = _second_task_share(config, batch)
     has_dropout = any((config.dropout_rate, config.attention_dropout_rate, config.mlp_dropout_rate))
 
     def loss(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, LossSums]:
         dropout_key = jax.random.fold_in(key, index) if has_dropout else None
-        sums = batch_loss(model, hold(params, trained), part, z_loss=z_loss, dropout_key=dropout_key, second_task=share)
-        return (sums.cross_entropy + sums.z_loss + sums.auxiliary) / total * scale, sums
+        sums = batch_loss(model, hold(params, trained), part, settings, dropout_key=dropout_key, second_task=share)
+        return (sums.trained + sums.auxiliary) / total * scale, sums
 
     def gradient(params: Any, part: Batch, index: jax.Array) -> tuple[Any, LossSums]:
         scaled, sums = jax.grad(loss, has_aux=True)(params, part, index)
@@ -180,8 +202,9 @@ def make_train_step(
     mesh: Mesh,
     state: TrainState,
     *,
+    loss: LossSettings = PLAIN,
+    z_loss: float | None = None,
     microbatches: int = 1,
-    z_loss: float = 0.0,
     seed: int = 0,
     ema_decay: float = 0.0,
     trained: Any = None,
@@ -197,8 +220,9 @@ def make_train_step(
       schedule: the learning rate, for the metrics.
       mesh: where state and batch lie.
       state: the state, or its `abstract_state`, for the layouts.
+      loss: what it is made of.
+      z_loss: see `loss_gradients`.
       microbatches: see `loss_gradients`.
-      z_loss: coefficient.
       seed: of dropout, together with the step.
       ema_decay: of the running mean of the parameters, if the state has one.
       trained: tree of bools, which parameters are trained, from `trained_parameters`; by default all.
@@ -213,8 +237,9 @@ def make_train_step(
             model,
             state.params,
             batch,
-            microbatches=microbatches,
+            settings=loss,
             z_loss=z_loss,
+            microbatches=microbatches,
             key=key,
             scale=scale,
             trained=trained,
@@ -236,7 +261,6 @@ def make_train_step(
             "z_loss": sums.z_loss / tokens,
             "accuracy": sums.correct / tokens,
             "target_tokens": sums.weight,
-            "tokens": _real_tokens(batch),
             "learning_rate": schedule(done),
             "finite": finite.astype(jnp.float32),
             **gradient_norms,
@@ -250,7 +274,7 @@ def make_train_step(
             metrics["loss_scale"], loss_scale = state.loss_scale.scale, state.loss_scale.next(finite)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         metrics["skipped"] = skipped.astype(jnp.float32)
-        return TrainState(state.step + 1, params, opt_state, skipped, loss_scale, ema), Scalars.of(metrics)
+        return TrainState(state.step + 1, params, opt_state, skipped, loss_scale, ema), metrics
 
     layouts = state_shardings(state)
     return OnMesh(
@@ -262,12 +286,6 @@ def make_train_step(
             donate_argnums=0,
         ),
     )
-
-
-def _real_tokens(batch: Batch) -> jax.Array:
-    """Returns how many tokens of encoder and decoder are not padding; 0 of a batch without segment ids."""
-    counts = (jnp.sum(x > 0, dtype=jnp.float32) for name, x in batch.items() if name.endswith("_segment_ids"))
-    return sum(counts, jnp.zeros(()))
 
 
 def dropout_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:

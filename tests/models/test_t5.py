@@ -10,6 +10,7 @@ import pytest
 
 from t5x_lite import sharding
 from t5x_lite.models import PRESETS, TransformerConfig, build
+from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.step import batch_loss
 
 FAMILIES = ("v1_0_config", "tiny_config", "umt5_config")
@@ -146,7 +147,7 @@ def test_the_program_does_not_grow_with_depth(family: str, request: pytest.Fixtu
             request.getfixturevalue(family), num_encoder_layers=layers, num_decoder_layers=layers
         )
         model = build(config)
-        gradient = jax.grad(lambda params: batch_loss(model, params, batch, z_loss=1e-4).cross_entropy)
+        gradient = jax.grad(lambda params: batch_loss(model, params, batch, LossSettings(z_loss=1e-4)).cross_entropy)
         return jax.jit(gradient).lower(model.param_shapes()).as_text().count("\n")
 
     assert lines(3) == lines(48)
