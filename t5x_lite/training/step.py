@@ -25,9 +25,10 @@ from t5x_lite.training.losses import (
 )
 from t5x_lite.training.norms import norm_metrics
 from t5x_lite.training.optimizers import hold
+from t5x_lite.training.scalars import Scalars
 from t5x_lite.training.state import TrainState, state_shardings
 
-Metrics = dict[str, jax.Array]
+Metrics = Scalars
 
 
 class Targets(NamedTuple):
@@ -261,6 +262,7 @@ def make_train_step(
             "z_loss": sums.z_loss / tokens,
             "accuracy": sums.correct / tokens,
             "target_tokens": sums.weight,
+            "tokens": _real_tokens(batch),
             "learning_rate": schedule(done),
             "finite": finite.astype(jnp.float32),
             **gradient_norms,
@@ -274,7 +276,7 @@ def make_train_step(
             metrics["loss_scale"], loss_scale = state.loss_scale.scale, state.loss_scale.next(finite)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         metrics["skipped"] = skipped.astype(jnp.float32)
-        return TrainState(state.step + 1, params, opt_state, skipped, loss_scale, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, skipped, loss_scale, ema), Scalars.of(metrics)
 
     layouts = state_shardings(state)
     return OnMesh(
@@ -286,6 +288,12 @@ def make_train_step(
             donate_argnums=0,
         ),
     )
+
+
+def _real_tokens(batch: Batch) -> jax.Array:
+    """Returns how many tokens of encoder and decoder are not padding; 0 of a batch without segment ids."""
+    counts = (jnp.sum(x > 0, dtype=jnp.float32) for name, x in batch.items() if name.endswith("_segment_ids"))
+    return sum(counts, jnp.zeros(()))
 
 
 def dropout_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
