@@ -22,8 +22,11 @@ def small(name: str) -> TransformerConfig:
     layers = {side: 2 if getattr(big, side) else 0 for side in ("num_encoder_layers", "num_decoder_layers")}
     ids = {"pad_id": 0, "bos_id": 2, "eos_id": 1, "decoder_start_id": 0, "stop_ids": ()}
     forced = {"forced_bos_id": None, "forced_eos_id": None}
+    # Rounding that turns a relu on or off is an error of its own size.
+    smooth = "gelu_tanh" if big.activation == "relu" else big.activation
     kv_heads = min(big.num_kv_heads, 1)
-    return dataclasses.replace(big, **sizes, **layers, **ids, **forced, num_kv_heads=kv_heads, dropout_rate=0.0)
+    rest = {"num_kv_heads": kv_heads, "activation": smooth, "dropout_rate": 0.0}
+    return dataclasses.replace(big, **sizes, **layers, **ids, **forced, **rest)
 
 
 @pytest.fixture
@@ -61,8 +64,8 @@ def test_loss_and_gradients_are_nearer_to_those_of_float32_than_bfloat16(
     brains, _ = gradients(config, params, batch, "bfloat16")
     assert float(half_loss) == pytest.approx(float(loss), rel=1e-3)  # eleven bits; 5e-5 was seen
     assert {x.dtype for x in jax.tree.leaves(halves)} == {jnp.dtype("float32")}
-    # Three bits more than bfloat16: an eighth of its distance, but where a relu is all or nothing.
-    assert distance(halves, wanted) < distance(brains, wanted) / (2 if config.activation == "relu" else 4)
+    # Three bits more than bfloat16: an eighth of its distance, where rounding is all there is.
+    assert distance(halves, wanted) < distance(brains, wanted) / 3
     size = float(optax.tree.norm(wanted))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(halves), strict=True):
         # Relu and attention that chooses make much of little. The other term is for gradients that cancel to nothing,
