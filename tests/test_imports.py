@@ -53,6 +53,7 @@ FLOORS = (
     ("training",),
     ("language_model",),
     ("loading",),
+    ("report",),
     ("batch_inference",),
     ("benchmarking",),
     ("cli",),

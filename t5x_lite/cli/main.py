@@ -18,6 +18,7 @@ from t5x_lite.errors import CheckpointMismatch, InputError, nearest
 COMMANDS = {
     "demo": ("demo", "train, evaluate and use a small T5 on the embedded corpus, in about two minutes"),
     "train": ("train", "pre-train or fine-tune, or continue a run"),
+    "report": ("report", "a page about one run or several: curves, events, final numbers, differences"),
     "eval": ("evaluate", "loss, perplexity and bits per byte of a run on held-out data"),
     "generate": ("generate", "text from a trained model"),
     "score": ("score", "how likely a model finds targets given their inputs, or texts by themselves"),
