@@ -44,7 +44,7 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """Returns the record of a checkpoint; of one from before there were records, its loss alone.
+    """Returns the record of a checkpoint; an empty one of those from before there were any.
 
     Raises:
       UnreadableCheckpoint: there is one that cannot be read.
@@ -52,14 +52,9 @@ def read_record(path: Path) -> Record:
     try:
         return Record(**json.loads((path / RECORD).read_text()))
     except FileNotFoundError:
-        pass
+        return Record()
     except (ValueError, TypeError) as error:
         raise UnreadableCheckpoint(f"checkpoint {path} is damaged: {RECORD} cannot be read") from error
-    try:
-        loss = float(json.loads((path / "metrics" / "metrics").read_text())["loss"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return Record()
-    return Record(loss=loss if math.isfinite(loss) else None)
 
 
 @dataclasses.dataclass(frozen=True)

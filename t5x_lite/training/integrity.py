@@ -160,7 +160,7 @@ def compare(path: Path, share: tuple[int, int] = (0, 1)) -> Findings:
       UnreadableCheckpoint: the seal itself cannot be read.
     """
     try:
-        expected = json.loads((path / SEAL).read_text())
+        expected = dict[str, str](json.loads((path / SEAL).read_text()))
         names = sorted(expected)
     except FileNotFoundError:
         return Findings(sealed=False)
