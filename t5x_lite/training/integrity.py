@@ -140,10 +140,10 @@ def digests(path: Path, share: tuple[int, int] = (0, 1), *, fresh: bool = False)
 
 
 def seal(path: Path, found: dict[str, str]) -> None:
-    """Writes the seal of a checkpoint, completely or not at all."""
+    """Writes the seal of a checkpoint, completely or not at all; it holds a sum of its own, too."""
     partial = path / f"{SEAL}.partial"
     with partial.open("w") as stream:
-        json.dump(found, stream, indent=1)
+        json.dump({**found, SEAL: _sum_of(found)}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(path / SEAL)
@@ -161,11 +161,13 @@ def compare(path: Path, share: tuple[int, int] = (0, 1)) -> Findings:
     """
     try:
         expected = dict[str, str](json.loads((path / SEAL).read_text()))
-        names = sorted(expected)
     except FileNotFoundError:
         return Findings(sealed=False)
     except (ValueError, TypeError):
         raise UnreadableCheckpoint(f"checkpoint {path} is damaged: {SEAL} cannot be read") from None
+    if expected.pop(SEAL, None) not in (None, _sum_of(expected)):  # None: from before it had one
+        raise UnreadableCheckpoint(f"checkpoint {path} is damaged: {SEAL} has changed")
+    names = sorted(expected)
     there = set(_files(path))
     found = digests(path, share)
     return Findings(
@@ -174,6 +176,10 @@ def compare(path: Path, share: tuple[int, int] = (0, 1)) -> Findings:
         missing=tuple(name for name in names if name not in there),
         extra=tuple(sorted(there - expected.keys())),
     )
+
+
+def _sum_of(found: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _files(path: Path) -> list[str]:

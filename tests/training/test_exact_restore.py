@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_the_running_mean_is_what_is_loaded(tmp_path: Path) -> None:
     loaded, checkpoint, notes = load_params(tmp_path, wanted)
     assert (checkpoint, notes) == (tmp_path / "checkpoints" / "5", [])
     assert_identical(loaded, state.ema)
-    save(tmp_path / "without" / "checkpoints", state.replace(ema=None))
+    save(tmp_path / "without" / "checkpoints", replace(state, ema=None))
     assert_identical(load_params(tmp_path / "without", wanted)[0], state.params)
 
 
@@ -168,7 +169,7 @@ def load_params_of(path: Path, wanted: Any) -> Any:
 
 
 def test_a_checkpoint_from_before_there_was_progress(tmp_path: Path) -> None:
-    state = state_of("adamw", mesh_of("4x2")).replace(ema=None)
+    state = replace(state_of("adamw", mesh_of("4x2")), ema=None)
     with ocp.CheckpointManager(tmp_path) as manager:  # as it was written then
         for step in (3, 4):
             args = ocp.args.Composite(
@@ -176,10 +177,11 @@ def test_a_checkpoint_from_before_there_was_progress(tmp_path: Path) -> None:
             )
             manager.save(step, args=args)
     assert read_record(tmp_path / "3") == Record()
-    wanted = state_of("adamw", mesh_of("2x4")).replace(ema=None)
+    wanted = replace(state_of("adamw", mesh_of("2x4")), ema=None)
     restored, notes = Checkpointer(tmp_path).restore(abstract(wanted))
     assert notes == []
     assert restored is not None
+    assert restored.loss_scale is not None
     assert_identical((restored.params, restored.opt_state), (wanted.params, wanted.opt_state))
     assert (int(restored.step), int(restored.skipped), float(restored.loss_scale.scale)) == (4, 0, 2**16)
     assert_identical(load_params_of(tmp_path / "3", abstract(wanted).params)[0], wanted.params)
@@ -197,7 +199,7 @@ def test_what_is_read_back_must_be_what_was_in_memory(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(writing, "start_writing", wrong)
     checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(state.replace(step=state.step + 1))
+    checkpointer.save(replace(state, step=state.step + 1))
     with pytest.raises(RuntimeError, match=r"params/layers/kernel, as read back from .* is not what was saved"):
         checkpointer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
@@ -253,11 +255,11 @@ def test_why_each_is_kept() -> None:
 
 
 def test_keeps_every_nth_for_good(tmp_path: Path) -> None:
-    state = state_of("sgd", mesh_of("one")).replace(ema=None)
+    state = replace(state_of("sgd", mesh_of("one")), ema=None)
     saved: list[int] = []
     checkpointer = Checkpointer(tmp_path, keep=1, keep_every=4, saved=saved.append)
     for step in range(2, 13, 2):
-        checkpointer.save(state.replace(step=jnp.int32(step)), loss={6: 0.5}.get(step, 1.0))
+        checkpointer.save(replace(state, step=jnp.int32(step)), loss={6: 0.5}.get(step, 1.0))
     checkpointer.close()
     assert complete_steps(tmp_path) == [4, 6, 8, 12]
     assert saved == [2, 4, 6, 8, 10, 12]

@@ -1,5 +1,6 @@
 """Fingerprints say the same on any mesh and of what was read back; seals name the file that is not as it was."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -109,6 +110,16 @@ def test_processes_share_the_reading_and_nothing_falls_between(sealed: Path) -> 
     assert sorted(name for names in found for name in names) == ["a", "folder/b"]
     parts = [digests(sealed, (index, 3)) for index in range(3)]
     assert {name: text for part in parts for name, text in part.items()} == digests(sealed)
+
+
+def test_the_seal_is_sealed_and_need_not_be(sealed: Path) -> None:
+    text = (sealed / integrity.SEAL).read_text()
+    digit = text.index('"a": "') + 6
+    (sealed / integrity.SEAL).write_text(text[:digit] + ("1" if text[digit] == "0" else "0") + text[digit + 1 :])
+    with pytest.raises(integrity.UnreadableCheckpoint, match=r"checksums\.json has changed"):
+        compare(sealed)
+    (sealed / integrity.SEAL).write_text(json.dumps(digests(sealed)))  # as they were before
+    assert compare(sealed) == Findings(sealed=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "7"])
