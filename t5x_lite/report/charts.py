@@ -143,7 +143,7 @@ def downsampled(values: Sequence[tuple[Record, float]], began: float, most: int 
     """
     size = math.ceil(len(values) / most)
     groups = [values[start : start + size] for start in range(0, len(values), size)]
-    hours = [_mean([value for _, value in numbers([record for record, _ in group], "time")]) for group in groups]
+    hours = [_mean([value for _, value in numbers([group[0][0], group[-1][0]], "time")]) for group in groups]
     found: dict[str, Any] = {
         "x": [group[-1][0]["step"] for group in groups],
         "t": [None if time is None else _short((time - began) / 3600) for time in hours],

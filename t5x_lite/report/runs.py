@@ -138,9 +138,8 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 def numbers(records: Sequence[Record], name: str) -> list[tuple[Record, float]]:
     """Returns the records that have a finite number of that name, each with it."""
-    found = ((record, record.get(name)) for record in records)
-    return [(record, float(value)) for record, value in found if _is_number(value)]
+    return [(record, float(record[name])) for record in records if _is_number(record.get(name))]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
