@@ -226,6 +226,35 @@ def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int]) -> None:
             )
 
 
+def check_batch(
+    mesh: Mesh | AbstractMesh, batch_size: int, microbatches: int, input_length: int, target_length: int | None
+) -> None:
+    """Checks that the batches of a run split evenly over the mesh, by the names its configuration has for their sizes.
+
+    Args:
+      mesh: the mesh.
+      batch_size: rows.
+      microbatches: in how many parts they are computed.
+      input_length: tokens of a row.
+      target_length: tokens of a row of targets; None: they are as long as they come out, and stay whole on `context`
+        if that does not divide.
+
+    Raises:
+      InputError: the first that does not.
+    """
+    rows = batch_size // microbatches
+    sizes = [
+        ("batch", rows, f"train.batch_size {batch_size} / train.microbatches {microbatches} = {rows} rows at a time"),
+        ("length", input_length, f"train.input_length {input_length}"),
+        ("length", target_length or 0, f"train.target_length {target_length}"),
+    ]
+    for axis, size, setting in sizes:
+        try:
+            check_divides(mesh, {axis: size})
+        except InputError as error:
+            raise InputError(f"{error}; {setting}") from None
+
+
 def tree_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
     """Returns the NamedSharding of every leaf of a tree, from its logical axes and shapes.
 
@@ -342,6 +371,13 @@ def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), part)
 
     return {key: put(np.asarray(value)) for key, value in batch.items()}
+
+
+def device_memory() -> int | None:
+    """Returns the bytes of memory of this process's smallest device; None where they do not say, as CPUs do not."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    limits = [each.get("bytes_limit") for each in stats if each]
+    return min((limit for limit in limits if limit), default=None) if len(limits) == len(stats) else None
 
 
 def bytes_per_device(tree: Any) -> int:

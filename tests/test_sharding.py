@@ -13,7 +13,7 @@ from t5x_lite.errors import InputError
 from t5x_lite.models import build
 from t5x_lite.sharding import activation_spec, make_mesh, parameter_spec, parse_mesh
 from t5x_lite.training import optimizers
-from t5x_lite.training.state import abstract_state, init_state
+from t5x_lite.training.state import abstract_state, init_state, state_bytes
 
 OPTIMIZERS = ("adafactor", "adamw")
 
@@ -126,6 +126,37 @@ def test_a_leaf_that_does_not_divide_is_named_too() -> None:
         sharding.check_divides(make_mesh("data:4,fsdp:2"), {"batch": 6})
 
 
+@pytest.mark.parametrize(
+    ("mesh", "batch", "message"),
+    [
+        (
+            "data:2,fsdp:4",
+            (16, 4, 30, None),
+            "axis 'batch' of size 4 does not divide over mesh axis 'data x fsdp' of size 8 (mesh data:2,fsdp:4);"
+            " train.batch_size 16 / train.microbatches 4 = 4 rows at a time",
+        ),
+        (
+            "data:2,context:4",
+            (16, 4, 30, None),
+            "axis 'length' of size 30 does not divide over mesh axis 'context' of size 4 (mesh data:2,context:4);"
+            " train.input_length 30",
+        ),
+        (
+            "data:2,context:4",
+            (16, 4, 32, 114),
+            "axis 'length' of size 114 does not divide over mesh axis 'context' of size 4 (mesh data:2,context:4);"
+            " train.target_length 114",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_named_by_its_settings(mesh: str, batch: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        sharding.check_batch(make_mesh(mesh), *batch)
+    assert str(caught.value) == message
+    sharding.check_batch(make_mesh("data:8"), 16, 2, 30, 114)
+    sharding.check_batch(make_mesh("data:2,context:4"), 16, 2, 32, None)
+
+
 # --- the state ------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +224,18 @@ def test_fresh_parameters_do_not_depend_on_the_mesh(tiny_config: Any) -> None:
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         # The random bits are equal; what is made of them is a few float32 operations, fused as each program likes.
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_bytes_of_a_state(tiny_config: Any) -> None:
+    model = build(tiny_config)
+    params = sum(leaf.size for leaf in jax.tree.leaves(model.param_shapes()))
+    # Two moments of AdamW and a few counts; parameters and gradients; a running mean.
+    assert 0 <= state_bytes(model, optimizer("adamw", model)) - 4 * 4 * params < 64
+    assert 0 <= state_bytes(model, optimizer("adamw", model), ema=True) - 5 * 4 * params < 64
+
+
+def test_cpus_do_not_say_how_much_memory_they_have() -> None:
+    assert sharding.device_memory() is None
 
 
 # --- activations and batches ----------------------------------------------------------------------------------------

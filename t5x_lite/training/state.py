@@ -106,3 +106,10 @@ def state_shardings(state: TrainState) -> TrainState:
 
 def _with_shardings(shapes: Any, layouts: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layouts)
+
+
+def state_bytes(model: Transformer, tx: optax.GradientTransformation, *, ema: bool = False) -> int:
+    """Returns the bytes of parameters, gradients, optimizer state and running mean together; nothing is allocated."""
+    params = model.param_shapes()
+    trees = [params] * (3 if ema else 2) + [jax.eval_shape(tx.init, params)]
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees))
