@@ -168,6 +168,8 @@ class Checkpointer:
         mine = (agreement.index, agreement.count)
         try:
             agreement.together("written", lambda: writing.wait_for(pending, agreement.timeout))
+            pending.clear()  # they hold the state that was saved
+            writing.give_back_memory()
             fingerprints = {name: int(value) for name, value in prints.items()}
             record = Record(time.time(), loss, fingerprints)
             agreement.first("merged", lambda: writing.complete(partial, items, record))
@@ -178,7 +180,6 @@ class Checkpointer:
             self._discard(partial, pending)
             self._failure = step, error
         finally:
-            pending.clear()  # they hold the state that was saved
             writing.give_back_memory()
 
     def _keep_it(self, step: int, partial: Path, sums: dict[str, str]) -> None:
