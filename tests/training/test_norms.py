@@ -41,9 +41,10 @@ def test_each_module_has_its_norm_and_their_squares_add_up(
     assert len(parts) == 6 + 8 + 2  # encoder, decoder, embedding and head
 
 
-def test_bfloat16_is_summed_in_float32() -> None:
-    ones = jax.numpy.ones((1 << 12,), jax.numpy.bfloat16)  # a bfloat16 sum of ones stops at 256
-    assert float(module_norms({"head": {"kernel": ones}})[TOTAL]) == 64.0
+def test_bfloat16_is_squared_and_summed_in_float32() -> None:
+    kernel = jax.numpy.full((1000,), 1 + 2**-7, jax.numpy.bfloat16)  # neither square nor sum are bfloat16 numbers
+    norm = module_norms({"head": {"kernel": kernel}})[TOTAL]
+    np.testing.assert_allclose(norm, (1 + 2**-7) * 1000**0.5, rtol=1e-6)  # some units in the last place of float32
 
 
 def test_metrics_have_the_total_without_a_slash() -> None:
