@@ -13,23 +13,30 @@ from t5x_lite.cli.settings import read_settings
 from t5x_lite.config import RunConfig
 from t5x_lite.data import recipe
 from t5x_lite.training import processes
-from t5x_lite.training.processes import Group, exit_status
+from t5x_lite.training.processes import Group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument("settings", nargs="*", metavar="CONFIG key=value", help=SETTINGS_HELP)
     parser.add_argument("--json", action="store_true", help="print the final metrics as JSON")
+    parser.add_argument(
+        "--unfinished-status",
+        type=int,
+        default=0,
+        metavar="N",
+        help="exit status of a run that SIGTERM ended before its last step, for launchers that start it again",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, and prints the metrics on the held-out data; of several processes the first prints."""
     config = read_settings(args.settings).config
-    with _ending_together(config, args.traceback) as group:
-        return _train(config, group, args.json)
+    with _ending_together(config, args) as group:
+        return _train(config, group, args)
 
 
-def _train(config: RunConfig, group: Group, as_json: bool) -> int:
+def _train(config: RunConfig, group: Group, args: argparse.Namespace) -> int:
     # Before JAX is imported, if this is the only process: whoever misspells a column should know within a second.
     recipe.check_objectives(config, recipe.open_data(config.data))
 
@@ -42,16 +49,16 @@ def _train(config: RunConfig, group: Group, as_json: bool) -> int:
         with ProgressObserver() as observer:
             result = train(config, observer, group=group)
         ended = {"ended_by": result.ended_by} if result.ended_by else {}
-        show({"out": config.out, "step": int(result.state.step), **ended, **result.metrics}, as_json)
-    return exit_status(result.ended_by)
+        show({"out": config.out, "step": int(result.state.step), **ended, **result.metrics}, args.json)
+    return 0 if not result.ended_by else group.asked_status
 
 
 @contextlib.contextmanager
-def _ending_together(config: RunConfig, show_traceback: bool) -> Iterator[Group]:
+def _ending_together(config: RunConfig, args: argparse.Namespace) -> Iterator[Group]:
     """Joins the other processes; whatever ends this one is said in one line, and to the others, who do not wait."""
     group: Group | None = None
     try:
-        with processes.join(config.distributed) as group:
+        with processes.join(config.distributed, args.unfinished_status) as group:
             if group.count > 1:
                 _keep_stdout_to_ourselves()
             yield group
@@ -66,7 +73,7 @@ def _ending_together(config: RunConfig, show_traceback: bool) -> Iterator[Group]
             raise
         if group.explanation(error):
             time.sleep(60)  # it is being said, and ends this process
-        if show_traceback:
+        if args.traceback:
             traceback.print_exc()
         line, status = explain(error)
         group.failed(line, status)

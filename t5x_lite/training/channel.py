@@ -22,6 +22,7 @@ from typing import Any
 from t5x_lite.errors import InputError
 
 LIMIT = 2**26  # bytes of a line
+UNNAMED = 4  # times the deadline, where all have come and still wait: it may be a long step, or JAX tracing the first
 STATUS = 1  # of processes that end because another one is missing
 
 Message = dict[str, Any]
@@ -111,7 +112,7 @@ class Server:
     async def _serve(self, hello: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         index, now = hello["index"], time.monotonic()
         if refusal := self._refusal(hello):
-            _send(writer, {"kind": "end", "line": refusal, "status": 2})
+            _send(writer, _end(refusal, 2))
             await writer.drain()
             return
         member = self._members[index] = _Member(writer, now, now)
@@ -178,7 +179,7 @@ class Server:
     def _end(self, line: str, status: int = STATUS, patience: float = 0.0) -> None:
         if not self._ended:
             self._ended = True
-            self._tell_all({"kind": "end", "line": line, "status": status, "patience": patience})
+            self._tell_all(_end(line, status, patience))
 
     async def _watch(self) -> None:
         interval = beat_interval(self._timeout)
@@ -217,8 +218,11 @@ class Server:
                 f"{named(behind)} of {self._count} did not come to what the others wait for ({others}) within"
                 f" {self._timeout:g} seconds: still at '{doing}'"
             )
+        if any(now - member.moved <= limit * UNNAMED for member in there.values()):
+            return ""
         doing = " / ".join(sorted({member.state["doing"] for member in there.values()}))
-        return f"all {self._count} processes have waited for {self._timeout:g} seconds and none is missing: {doing}"
+        seconds = self._timeout * UNNAMED
+        return f"all {self._count} processes have waited for {seconds:g} seconds and none is missing: {doing}"
 
 
 class Channel:
@@ -282,8 +286,12 @@ class Channel:
         self._thread.join(5.0)
 
     def _run(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             self._loop.run_until_complete(self._main())
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:  # nobody would watch any longer, nor be heard
+            self._hear(_end(f"the channel of process {self._index} failed: {type(error).__name__}: {error}"))
 
     async def _main(self) -> None:
         self._outbox = asyncio.Queue()
@@ -310,6 +318,8 @@ class Channel:
                 await asyncio.sleep(0.02)
             await asyncio.sleep(0.05)
         for task in tasks:
+            if task.done() and (error := task.exception()):
+                raise error
             task.cancel()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -327,7 +337,7 @@ class Channel:
                 await asyncio.sleep(min(interval, 0.5))
 
     def _end(self, what: str) -> None:
-        self._hear({"kind": "end", "line": f"{what} {self._timeout:g} seconds", "status": STATUS, "patience": 0.0})
+        self._hear(_end(f"{what} {self._timeout:g} seconds"))
 
     async def _beat(self) -> None:
         interval = beat_interval(self._timeout)
@@ -360,8 +370,7 @@ class Channel:
                 elif message["kind"] != "beat":
                     self._hear(message)
         if not self._closed:
-            line = f"process 0 of {self._count} has died: its connection was closed"
-            self._hear({"kind": "end", "line": line, "status": STATUS, "patience": 0.0})
+            self._hear(_end(f"process 0 of {self._count} has died: its connection was closed"))
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -392,6 +401,10 @@ async def _both_ways(
     there.cancel()
     back.cancel()
     other_writer.close()
+
+
+def _end(line: str, status: int = STATUS, patience: float = 0.0) -> Message:
+    return {"kind": "end", "line": line, "status": status, "patience": patience}
 
 
 def _send(writer: asyncio.StreamWriter, message: Message) -> None:

@@ -38,20 +38,15 @@ PATIENCE = 5.0  # seconds that a program has to end of its own accord before it 
 class EndedEarly(SystemExit):
     """A signal came before the first step, when there is nothing to save yet.
 
-    Args:
-      asked: the signal.
-      index: of the process; the first says it.
+    Attributes:
+      status: with which the process ends.
+      line: what the first of the processes says; empty in the others.
     """
 
-    def __init__(self, asked: str, index: int):
-        self.status = exit_status(asked)
-        self.line = "" if index else f"{asked}: ended before the first step; the same command begins again"
+    def __init__(self, group: "Group"):
+        self.status = group.asked_status
+        self.line = "" if group.index else f"{group.asked}: ended before the first step; the same command begins again"
         super().__init__(self.status)
-
-
-def exit_status(asked: str) -> int:
-    """Returns the status of a process that a signal asked to end: what a shell expects after Ctrl-C, else success."""
-    return 130 if asked == "SIGINT" else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +119,15 @@ class Group:
       asked: the signal that has asked one of them to end, such as `SIGTERM`; empty while none has.
     """
 
-    def __init__(self, place: Place | None = None, timeout: float = 600.0):
+    def __init__(self, place: Place | None = None, timeout: float = 600.0, unfinished_status: int = 0):
         self.index, self.count = (place.index, place.count) if place else (0, 1)
         self.asked = ""
-        self._timeout = timeout
+        self._timeout, self._unfinished_status = timeout, unfinished_status
         self._lock = threading.Lock()
         self._ticks, self._doing, self._waiting, self._compiling = 0, "starting", False, False
         self._fresh, self._stop_at = True, threading.Event()
         self._stop_tick = 0
-        self._leaving = self._together = False
+        self._leaving = self._left = self._together = False
         self._verdict: Message | None = None
         self._failing = False
         self._channel: Channel | None = None
@@ -141,6 +136,11 @@ class Group:
             self._channel = Channel(
                 host.strip("[]"), int(port), place.index, place.count, timeout, self._state, self._hear
             )
+
+    @property
+    def asked_status(self) -> int:
+        """The exit status after a signal: what a shell expects after Ctrl-C, else success, or what was given."""
+        return 130 if self.asked == "SIGINT" else self._unfinished_status
 
     # --- together -----------------------------------------------------------------------------------------------
 
@@ -297,9 +297,10 @@ class Group:
         main = threading.main_thread().ident
         if main is not None:
             signal.pthread_kill(main, signal.SIGTERM)  # the handler raises EndedEarly
-        time.sleep(PATIENCE)  # unless it is in a library that does not come back, such as XLA when it compiles
-        early = EndedEarly(self.asked, self.index)
-        end_now(early.status, early.line)
+        time.sleep(PATIENCE)
+        if not self._left:  # it is in a library that does not come back, such as XLA when it compiles
+            early = EndedEarly(self)
+            end_now(early.status, early.line)
 
     # --- signals and JAX ----------------------------------------------------------------------------------------
 
@@ -324,8 +325,9 @@ class Group:
             theirs.close()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._leaving:
-            raise EndedEarly(self.asked, self.index)
+        if self._leaving and not self._left:
+            self._left = True
+            raise EndedEarly(self)
 
     def _read_signals(self, source: socket.socket) -> None:
         interrupts = 0
@@ -412,17 +414,21 @@ def current() -> Group:
 
 
 @contextlib.contextmanager
-def join(settings: DistributedConfig) -> Iterator[Group]:
+def join(settings: DistributedConfig, unfinished_status: int = 0) -> Iterator[Group]:
     """Joins the other processes of a run, if there are any, and ends with them.
 
-    After an exception the others are told, and what then ends this process must not wait for them: `end_now`.
+    After an exception, tell the others (`failed`) and end this process without waiting for them (`end_now`).
+
+    Args:
+      settings: which processes there are; by default as their launcher says.
+      unfinished_status: exit status of a process that SIGTERM ends before its run is complete.
 
     Raises:
       InputError: as `find_place`, or this is process 0 and cannot listen where it should.
     """
     global _joined
     place = find_place(settings)
-    group = Group(place, settings.timeout)
+    group = Group(place, settings.timeout, unfinished_status)
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(group.hearing_signals())
