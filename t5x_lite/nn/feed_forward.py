@@ -55,6 +55,9 @@ class FeedForward(nn.Module):
             return Dense(self.mlp_dim, ("embed", "mlp"), self.kernel_init, self.use_bias, self.dtype, name=name)(x)
 
         activation = ACTIVATIONS[self.activation]
+        if self.activation != "relu":
+            # Computed again in the backward pass: that takes less time than storing all it is made of.
+            activation = jax.checkpoint(activation, prevent_cse=False)
         hidden = activation(project("gate")) * project("up") if self.gated else activation(project("up"))
         hidden = constrain(hidden, "batch", "length", "mlp")
         hidden = Dropout(self.dropout_rate, self.dropout_shared)(hidden, enabled=enable_dropout)

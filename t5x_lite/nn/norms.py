@@ -1,5 +1,6 @@
 """Normalisation layers; statistics are always float32."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -24,9 +25,15 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., D]` to `[..., D]`."""
         scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",))
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
+
+        # As in `LayerNorm` the backward pass computes this again, from the input alone.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+            x = x.astype(jnp.float32)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+            return (x * scale).astype(self.dtype)
+
+        return norm(x, scale)
 
 
 class LayerNorm(nn.Module):
@@ -47,10 +54,14 @@ class LayerNorm(nn.Module):
         """Maps `[..., D]` to `[..., D]`."""
         shape = (x.shape[-1],)
         scale = parameter(self, "scale", nn.initializers.ones, shape, ("embed",))
-        x = x.astype(jnp.float32)
-        # The variance from the centred values: E[x^2] - E[x]^2 cancels where the mean is large.
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale
-        if self.use_bias:
-            x = x + parameter(self, "bias", nn.initializers.zeros, shape, ("embed",))
-        return x.astype(self.dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape, ("embed",)) if self.use_bias else 0.0
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | float) -> jax.Array:
+            x = x.astype(jnp.float32)
+            # The variance from the centred values: E[x^2] - E[x]^2 cancels where the mean is large.
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale
+            return (x + bias).astype(self.dtype)
+
+        return norm(x, scale, bias)

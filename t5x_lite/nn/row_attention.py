@@ -182,6 +182,12 @@ def _planned(function: Callable[..., Any], queries: Queries, keys: Keys, *rest: 
     )
 
 
+def _together(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
+    # Segments are the same in all layers, so that a scan over layers would compute the masks of all rows ahead of it
+    # and keep them, `[B, H, T, S]`; not so if they seem to depend on the queries.
+    return cast(tuple[Queries, Keys], jax.lax.optimization_barrier((queries, keys)))
+
+
 def _groups(tree: Any, rows: int) -> Any:
     """Splits the axis B into `[B / rows, rows]`."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // rows, rows, *x.shape[1:]), tree)
@@ -226,6 +232,7 @@ def _attend(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) 
     """Returns the result, and of the softmax of each query the largest logit and the sum, float32 `[B, H, T]`."""
 
     def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any) -> Any:
+        queries, keys = _together(queries, keys)
         bias = _split(bias, plan.blocks)
 
         def rows(group: tuple[Queries, Keys]) -> Any:
@@ -250,6 +257,7 @@ def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]
     queries, keys, bias, window, softmax = kept
 
     def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any, *softmax: jax.Array) -> Any:
+        queries, keys = _together(queries, keys)
         # As the logits are here, the bias and its gradient, a sum over rows, have the keys before the queries.
         bias = None if bias is None else jnp.swapaxes(_split(bias, plan.blocks)[:, 0], 2, 3)
 
