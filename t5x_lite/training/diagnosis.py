@@ -70,7 +70,7 @@ def diagnose(
       key: the step's dropout key (see `step.dropout_key`).
       mesh: where they lie.
       microbatches: as the step had them.
-      settings: what else the step gave to `loss_gradients`: `z_loss`, `scale`, ...
+      settings: what else the step gave to `loss_gradients`: `settings`, `scale`, ...
     """
     if found := _in_batch(model, batch) or _in_parameters(params, mesh):
         return found
@@ -218,7 +218,7 @@ class _Apply:
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         y, changed = self._model.apply(variables, *args, mutable=["intermediates"], **kwargs)
-        self.seen = changed["intermediates"]
+        self.seen = {**self.seen, **changed.get("intermediates", {})}  # the head is applied apart
         return y
 
 

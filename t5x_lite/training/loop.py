@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from t5x_lite import run_directory, sharding
-from t5x_lite.config import RunConfig
+from t5x_lite.config import RunConfig, TrainConfig
 from t5x_lite.config import run_directory as run_path
 from t5x_lite.data import recipe
 from t5x_lite.data.packing import Batch
@@ -27,9 +27,10 @@ from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.training.checkpoints import Checkpointer, load_params
 from t5x_lite.training.diagnosis import Finding, diagnose
+from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.monitor import EventLog, read_metrics
 from t5x_lite.training.nonfinite import NonFinite
-from t5x_lite.training.optimizers import make_optimizer
+from t5x_lite.training.optimizers import make_optimizer, trained_parameters
 from t5x_lite.training.processes import Group, current
 from t5x_lite.training.scalars import Scalars
 from t5x_lite.training.schedules import make_schedule
@@ -163,9 +164,24 @@ def _train(
         observer.note(note)
     model = build(config.model, config.train.dtype, config.train.remat)
     opt = config.optimizer
-    schedule = make_schedule(opt.schedule, opt.peak, opt.warmup_steps, config.train.steps)
+    schedule = make_schedule(
+        opt.schedule,
+        opt.peak,
+        opt.warmup_steps,
+        config.train.steps,
+        decay_steps=opt.decay_steps,
+        final_share=opt.final_share,
+    )
     tx = make_optimizer(
-        opt.name, schedule, model.logical_axes(), clip_norm=opt.clip_norm, weight_decay=opt.weight_decay
+        opt.name,
+        schedule,
+        model.logical_axes(),
+        clip_norm=opt.clip_norm,
+        weight_decay=opt.weight_decay,
+        b1=opt.b1,
+        b2=opt.b2,
+        frozen=opt.frozen,
+        no_decay=opt.no_decay,
     )
     abstract = abstract_state(model, tx, mesh, ema=bool(config.train.ema_decay))
     if group.index == 0 and run_directory.has_begun(out):
@@ -262,13 +278,14 @@ class _Run:
             self.schedule,
             self.mesh,
             state,
+            loss=_loss(cfg),
             microbatches=cfg.microbatches,
-            z_loss=cfg.z_loss,
             seed=cfg.seed,
             ema_decay=cfg.ema_decay,
+            trained=trained_parameters(self.model.logical_axes(), self.config.optimizer.frozen),
             halt_above=int(state.skipped) if cfg.nonfinite == "stop" and state.loss_scale is None else None,
         )
-        self.eval_step = make_eval_step(self.model, self.mesh)
+        self.eval_step = make_eval_step(self.model, self.mesh, LossSettings(chunk=cfg.loss_chunk))
         self.non_finite = NonFinite(cfg.nonfinite)
         metrics: Mapping[str, float] = {}
         done = self.kept = self.reported = int(state.step)
@@ -381,15 +398,15 @@ class _Run:
                 made.batch,
                 dropout_key(cfg.seed, made.step - 1),
                 mesh=self.mesh,
+                settings=_loss(cfg),
                 microbatches=cfg.microbatches,
-                z_loss=cfg.z_loss,
                 scale=record.get("loss_scale", 1.0),
             )
 
     def _gradients(self, params: Any, batch: Any) -> Any:
         """Returns what a step computes, without the optimizer's part."""
         cfg, key = self.config.train, dropout_key(self.config.train.seed, 0)
-        return loss_gradients(self.model, params, batch, microbatches=cfg.microbatches, z_loss=cfg.z_loss, key=key)
+        return loss_gradients(self.model, params, batch, settings=_loss(cfg), microbatches=cfg.microbatches, key=key)
 
     def _evaluate(self, step: int, log: bool = True) -> Mapping[str, float]:
         batches = self._until_asked(self.validation.eval_batches(*sharding.batch_share(self.mesh)), step)
@@ -417,6 +434,10 @@ def _overflow(record: Mapping[str, float]) -> str:
     if "loss_scale" in record:
         return f"float16 overflowed with the loss scaled by {record['loss_scale']:g}"
     return f"the loss is {record['loss']} and the gradient norm {record['gradient_norm']}"
+
+
+def _loss(config: TrainConfig) -> LossSettings:
+    return LossSettings(config.z_loss, config.label_smoothing, config.label_smoothing_style, config.loss_chunk)
 
 
 def _due(step: int, every: int) -> bool:

@@ -30,6 +30,8 @@ from t5x_lite.training.state import TrainState, state_shardings
 
 Metrics = Scalars
 
+EVALUATION = LossSettings(chunk=None)
+
 
 class Targets(NamedTuple):
     """What a batch asks the model to predict: int32 targets, float32 weights of the same shape."""
@@ -125,7 +127,6 @@ def loss_gradients(
     batch: Batch,
     *,
     settings: LossSettings = PLAIN,
-    z_loss: jax.Array | float | None = None,
     microbatches: int,
     key: jax.Array,
     scale: jax.Array | float = 1.0,
@@ -141,14 +142,12 @@ def loss_gradients(
       params: its parameters.
       batch: the global batch; its rows must divide by `microbatches`.
       settings: what the loss is made of.
-      z_loss: its coefficient, instead of the one in the settings.
       microbatches: how many parts are run one after the other, to save activation memory.
       key: for dropout.
       scale: what the loss is multiplied by before the backward pass, and the gradients divided by after it.
       trained: tree of bools, which parameters are trained; the gradients of the others are 0 and not computed.
     """
     config = model.config
-    settings = settings if z_loss is None else dataclasses.replace(settings, z_loss=cast(float, z_loss))
     total = jnp.maximum(jnp.sum(batch_targets(config, batch)[0].weights), 1.0)
     share = _second_task_share(config, batch)
     has_dropout = any((config.dropout_rate, config.attention_dropout_rate, config.mlp_dropout_rate))
@@ -204,7 +203,6 @@ def make_train_step(
     state: TrainState,
     *,
     loss: LossSettings = PLAIN,
-    z_loss: float | None = None,
     microbatches: int = 1,
     seed: int = 0,
     ema_decay: float = 0.0,
@@ -222,7 +220,6 @@ def make_train_step(
       mesh: where state and batch lie.
       state: the state, or its `abstract_state`, for the layouts.
       loss: what it is made of.
-      z_loss: see `loss_gradients`.
       microbatches: see `loss_gradients`.
       seed: of dropout, together with the step.
       ema_decay: of the running mean of the parameters, if the state has one.
@@ -239,7 +236,6 @@ def make_train_step(
             state.params,
             batch,
             settings=loss,
-            z_loss=z_loss,
             microbatches=microbatches,
             key=key,
             scale=scale,
@@ -301,9 +297,9 @@ def dropout_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def make_eval_step(model: Transformer, mesh: Mesh) -> OnMesh:
-    """Returns the compiled `(params, batch) -> LossSums`, without dropout and z-loss."""
+def make_eval_step(model: Transformer, mesh: Mesh, loss: LossSettings = EVALUATION) -> OnMesh:
+    """Returns the compiled `(params, batch) -> LossSums`, without dropout."""
     return OnMesh(
         mesh,
-        jax.jit(lambda params, batch: batch_loss(model, params, batch), out_shardings=sharding.replicated(mesh)),
+        jax.jit(lambda params, batch: batch_loss(model, params, batch, loss), out_shardings=sharding.replicated(mesh)),
     )

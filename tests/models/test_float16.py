@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from t5x_lite.models import TransformerConfig, build, preset
+from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.step import loss_gradients
 
 VOCAB, SCALE = 96, 2.0**12
@@ -43,7 +44,15 @@ def gradients(config: TransformerConfig, params: Any, batch: Any, dtype: str) ->
 
     @jax.jit
     def run(params: Any, batch: Any) -> Any:
-        return loss_gradients(build(config, dtype), params, batch, microbatches=1, z_loss=1e-4, key=key, scale=scale)
+        return loss_gradients(
+            build(config, dtype),
+            params,
+            batch,
+            settings=LossSettings(z_loss=1e-4),
+            microbatches=1,
+            key=key,
+            scale=scale,
+        )
 
     grads, sums = run(params, batch)
     return grads, sums.cross_entropy / sums.weight

@@ -14,6 +14,7 @@ import pytest
 
 from t5x_lite.models import TransformerConfig, build, preset
 from t5x_lite.sharding import batch_sharding, make_mesh
+from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import abstract_state
@@ -202,7 +203,11 @@ def steps() -> Steps:
         batch["decoder_loss_weights"] = tokens(TARGETS, jnp.float32)
         if config.num_encoder_layers:
             batch["encoder_input_tokens"] = tokens(INPUTS)
-        program = make_train_step(model, tx, schedule, mesh, state, z_loss=1e-4).lower(state, batch).compile()
+        program = (
+            make_train_step(model, tx, schedule, mesh, state, loss=LossSettings(z_loss=1e-4))
+            .lower(state, batch)
+            .compile()
+        )
         parameters: Counter[Shape] = Counter()
         axes = jax.tree.leaves(model.logical_axes(), is_leaf=lambda node: isinstance(node, tuple))
         for names, leaf in zip(axes, jax.tree.leaves(state.params), strict=True):

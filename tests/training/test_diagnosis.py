@@ -34,7 +34,6 @@ def diagnosed(tiny_config: TransformerConfig, random_params: Any, random_batch: 
         change(params)
         spoil(batch)
         params = jax.device_put(params, sharding.tree_shardings(mesh, model.logical_axes(), model.param_shapes()))
-        settings.setdefault("z_loss", 0.0)
         return diagnose(
             model, params, sharding.put_batch(mesh, batch), jax.random.key(3), mesh=mesh, microbatches=2, **settings
         )

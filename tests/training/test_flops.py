@@ -9,6 +9,7 @@ import pytest
 
 from t5x_lite.models import TransformerConfig, build, preset
 from t5x_lite.training.flops import forward_flops, peak_flops, training_flops, xla_flops
+from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.step import loss_gradients
 
 ROWS, INPUTS, TARGETS = 4, 48, 32
@@ -85,7 +86,9 @@ def counted(config: TransformerConfig, microbatches: int = 1, remat: str = "none
         batch["next_sentence_labels"] = array(None)
 
     def step(params: Any, batch: Any, key: jax.Array) -> Any:
-        return loss_gradients(model, params, batch, microbatches=microbatches, z_loss=1e-4, key=key)
+        return loss_gradients(
+            model, params, batch, settings=LossSettings(z_loss=1e-4), microbatches=microbatches, key=key
+        )
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     return xla_flops(step, model.param_shapes(), batch, key), training_flops(config, batch)

@@ -13,6 +13,7 @@ from t5x_lite.data.objectives import Example
 from t5x_lite.data.packing import Layout, decoder_batch
 from t5x_lite.models import TransformerConfig, build, preset
 from t5x_lite.sharding import make_mesh, put_batch
+from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import TrainState, init_state
@@ -145,7 +146,9 @@ def runs(random_params: Any, sharp_params: Any) -> Runs:
         tx = make_optimizer(family.optimizer, schedule, model.logical_axes())
         params = (random_params if family.config.family == "t5" else sharp_params)(family.config)
         before = state = init_state(model, tx, mesh, 0, params)
-        step = make_train_step(model, tx, schedule, mesh, state, microbatches=family.microbatches, z_loss=1e-4)
+        step = make_train_step(
+            model, tx, schedule, mesh, state, microbatches=family.microbatches, loss=LossSettings(z_loss=1e-4)
+        )
         said = []
         for batch in family.batches():
             state, metrics = step(state, put_batch(mesh, batch))

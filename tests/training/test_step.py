@@ -9,6 +9,7 @@ import pytest
 
 from t5x_lite.models import TransformerConfig, build
 from t5x_lite.sharding import make_mesh, put_batch
+from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import TrainState, init_state
@@ -17,6 +18,7 @@ from t5x_lite.training.step import loss_gradients, make_eval_step, make_train_st
 MESHES = ("data:2,model:4", "fsdp:4,model:2")  # others, and other families, in test_meshes.py
 STEPS = 10
 VOCAB = 128
+Z_LOSS = LossSettings(z_loss=1e-4)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,7 @@ def train(
 
 @pytest.fixture(scope="session")
 def one_device(config: TransformerConfig, params: Any, batches: list[Any]) -> Run:
-    return train(config, params, batches, None, z_loss=1e-4)
+    return train(config, params, batches, None, loss=Z_LOSS)
 
 
 # --- one step -------------------------------------------------------------------------------------------------------
@@ -131,17 +133,17 @@ def same(a: Any, b: Any) -> bool:
 
 def test_a_step_that_is_not_finite_changes_nothing(config: Any, params: Any, batches: list[Any]) -> None:
     first, second = batches[:2]
-    left_out = train(config, params, [first, infinite(second)], None, z_loss=1e-4, ema_decay=0.9, ema=True)
-    alone = train(config, params, [first], None, z_loss=1e-4, ema_decay=0.9, ema=True)
+    left_out = train(config, params, [first, infinite(second)], None, loss=Z_LOSS, ema_decay=0.9, ema=True)
+    alone = train(config, params, [first], None, loss=Z_LOSS, ema_decay=0.9, ema=True)
     for part in ("params", "opt_state", "ema"):
         assert same(getattr(left_out.after, part), getattr(alone.after, part)), part
     assert (int(left_out.after.step), int(left_out.after.skipped)) == (2, 1)
     assert [m["finite"] for m in left_out.metrics] == [1, 0]
     # Neither the optimizer nor the schedule counts the step that was left out.
-    resumed = train(config, params, [first, infinite(second), *batches[1:6]], None, z_loss=1e-4)
+    resumed = train(config, params, [first, infinite(second), *batches[1:6]], None, loss=Z_LOSS)
     assert resumed.metrics[-1]["learning_rate"] == pytest.approx(0.1 / 5**0.5)
     assert resumed.metrics[-1]["skipped"] == 1
-    undisturbed = train(config, params, batches[:6], None, z_loss=1e-4)
+    undisturbed = train(config, params, batches[:6], None, loss=Z_LOSS)
     np.testing.assert_array_equal(
         jax.tree.leaves(resumed.after.opt_state)[0], jax.tree.leaves(undisturbed.after.opt_state)[0]
     )
@@ -149,8 +151,8 @@ def test_a_step_that_is_not_finite_changes_nothing(config: Any, params: Any, bat
 
 def test_a_halted_run_stays_where_it_went_wrong(config: Any, params: Any, batches: list[Any]) -> None:
     first, second, third = batches[:3]
-    halted = train(config, params, [first, infinite(second), third], None, z_loss=1e-4, halt_above=0)
-    alone = train(config, params, [first], None, z_loss=1e-4, halt_above=0)
+    halted = train(config, params, [first, infinite(second), third], None, loss=Z_LOSS, halt_above=0)
+    alone = train(config, params, [first], None, loss=Z_LOSS, halt_above=0)
     assert same(halted.after.params, alone.after.params)
     assert halted.metrics[2]["finite"] == 1
     assert int(halted.after.skipped) == 1
@@ -202,7 +204,7 @@ def test_frozen_parameters_have_no_gradient(config: Any, params: Any, batches: l
 def test_every_mesh_trains_the_same(
     mesh_text: str, one_device: Run, config: Any, params: Any, batches: list[Any]
 ) -> None:
-    run = train(config, params, batches, mesh_text, z_loss=1e-4)
+    run = train(config, params, batches, mesh_text, loss=Z_LOSS)
     # With dropout on, so the masks do not depend on the mesh either. Sums are taken in another order: 4e-7 was seen.
     for name in ("loss", "z_loss", "target_tokens"):
         got, wanted = ([metrics[name] for metrics in r.metrics] for r in (run, one_device))
@@ -225,7 +227,12 @@ def gradients(config: TransformerConfig, params: Any) -> Any:
 
             def function(params: Any, batch: Any, z_loss: jax.Array) -> Any:
                 return loss_gradients(
-                    model, params, batch, microbatches=microbatches, z_loss=z_loss, key=jax.random.key(0)
+                    model,
+                    params,
+                    batch,
+                    settings=LossSettings(z_loss=z_loss),
+                    microbatches=microbatches,
+                    key=jax.random.key(0),
                 )
 
             compiled[microbatches] = jax.jit(function)
