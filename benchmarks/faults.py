@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 40, 3, 8
-TIMEOUT = 12  # seconds that a process may be missing
-PATIENCE = 180.0  # seconds after which this program gives up on a run
+TIMEOUT = 20  # seconds that a process may be missing
+PATIENCE = 300.0  # seconds after which this program gives up on a run
 SETTINGS = (
     "model=t5-v1.1-small",
     "model.embed_dim=32",

@@ -22,7 +22,9 @@ from typing import Any
 from t5x_lite.errors import InputError
 
 LIMIT = 2**26  # bytes of a line
-UNNAMED = 4  # times the deadline, where all have come and still wait: it may be a long step, or JAX tracing the first
+COMPILING = "compiling"
+# Times the deadline, where all have come and still wait, or those who have not are compiling: that may just take long.
+UNNAMED = 4
 STATUS = 1  # of processes that end because another one is missing
 
 Message = dict[str, Any]
@@ -211,15 +213,17 @@ class Server:
             return ""
         ticks = {index: there[index].state["ticks"] for index in there}
         behind = [index for index in there if index not in waiting or ticks[index] < max(ticks.values())]
+        compiling = all(there[index].state["doing"] == COMPILING for index in behind)
+        if compiling and any(now - member.moved <= limit * UNNAMED for member in there.values()):
+            return ""
         if behind:
             doing = " / ".join(sorted({there[index].state["doing"] for index in behind}))
             others = there[min(waiting)].state["doing"]
+            seconds = self._timeout * (UNNAMED if compiling else 1)
             return (
                 f"{named(behind)} of {self._count} did not come to what the others wait for ({others}) within"
-                f" {self._timeout:g} seconds: still at '{doing}'"
+                f" {seconds:g} seconds: still at '{doing}'"
             )
-        if any(now - member.moved <= limit * UNNAMED for member in there.values()):
-            return ""
         doing = " / ".join(sorted({member.state["doing"] for member in there.values()}))
         seconds = self._timeout * UNNAMED
         return f"all {self._count} processes have waited for {seconds:g} seconds and none is missing: {doing}"

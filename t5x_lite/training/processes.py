@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 from t5x_lite.config import DistributedConfig, RunConfig, flatten
 from t5x_lite.errors import InputError
-from t5x_lite.training.channel import Channel, Message, beat_interval
+from t5x_lite.training.channel import COMPILING, Channel, Message, beat_interval
 
 T = TypeVar("T")
 
@@ -154,7 +154,9 @@ class Group:
         if not self._channel:
             return [value]
         with self.waiting(name):
-            return self._channel.gather(name, value)
+            values = self._channel.gather(name, value)
+        self._together = True
+        return values
 
     def first(self, name: str, make: Callable[[], T], then: Callable[[], T]) -> T:
         """Lets process 0 do something before the others: returns `make()` there and `then()` elsewhere."""
@@ -261,7 +263,7 @@ class Group:
 
     def _state(self) -> Message:
         with self._lock:
-            doing = "compiling" if self._compiling else self._doing
+            doing = COMPILING if self._compiling else self._doing
             return {"ticks": self._ticks, "doing": doing, "waiting": self._waiting and not self._compiling}
 
     def _hear(self, message: Message) -> None:
@@ -436,7 +438,6 @@ def join(settings: DistributedConfig, unfinished_status: int = 0) -> Iterator[Gr
         try:
             if place:
                 group.gather("all processes")
-                group._together = True
                 group.start_jax(place)
             yield group
             group.close()

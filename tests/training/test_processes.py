@@ -198,7 +198,7 @@ print("together", flush=True)
 """
 
 
-def program(body: str, count: int, timeout: int = 3) -> Callable[[int, int], list[str]]:
+def program(body: str, count: int, timeout: int = 30) -> Callable[[int, int], list[str]]:
     return lambda index, port: ["-c", PROGRAM + body, str(index), str(port), str(count), str(timeout)]
 
 
@@ -211,11 +211,11 @@ def said(found: tuple[int, str, str], status: int = 1) -> str:
 
 @pytest.mark.parametrize("absent", [0, 1])
 def test_a_process_that_never_starts_is_named(team: Team, absent: int) -> None:
-    team.start(program("", 3), 3, only=tuple({0, 1, 2} - {absent}))
+    team.start(program("", 3, timeout=4), 3, only=tuple({0, 1, 2} - {absent}))
     began = time.monotonic()
     for found in team.wait():
         assert f"process {absent} of 3" in said(found)
-    assert time.monotonic() - began < 3 + 5
+    assert time.monotonic() - began < 4 + 8  # the deadline, and the start of Python on a machine that does much else
 
 
 FOREVER = """
@@ -242,7 +242,7 @@ def test_a_process_that_is_killed_is_named_at_once(team: Team, victim: int) -> N
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_process_that_is_stopped_is_named_within_the_deadline(team: Team, victim: int) -> None:
-    team.start(program(FOREVER, 3), 3)
+    team.start(program(FOREVER, 3, timeout=8), 3)
     for process in team.running:
         assert process.stdout
         assert process.stdout.readline() == "together\n"
@@ -251,11 +251,11 @@ def test_a_process_that_is_stopped_is_named_within_the_deadline(team: Team, vict
     for index, found in enumerate(team.wait(skip=(victim,))):
         if index != victim:
             assert f"process {victim} of 3 did not answer" in said(found)
-    assert time.monotonic() - began < 3 + 2
+    assert time.monotonic() - began < 8 + 2
 
 
 def test_a_process_that_was_stopped_for_a_moment_is_waited_for(team: Team) -> None:
-    team.start(program("for _ in range(300): group.gather('again'); time.sleep(0.01)", 2, timeout=6), 2)
+    team.start(program("for _ in range(300): group.gather('again'); time.sleep(0.01)", 2, timeout=8), 2)
     assert team.running[0].stdout
     assert team.running[0].stdout.readline() == "together\n"
     team.running[0].send_signal(signal.SIGSTOP)
@@ -267,7 +267,7 @@ def test_a_process_that_was_stopped_for_a_moment_is_waited_for(team: Team) -> No
 
 def test_a_process_that_is_somewhere_else_is_named_with_where_it_is(team: Team) -> None:
     body = "group.working('looking for its keys')\ntime.sleep(60) if index == 1 else group.gather('leaving')"
-    team.start(program(body, 3), 3)
+    team.start(program(body, 3, timeout=6), 3)
     for found in team.wait():
         line = said(found)
         assert "process 1 of 3 did not come" in line
@@ -278,13 +278,13 @@ def test_a_process_that_is_somewhere_else_is_named_with_where_it_is(team: Team) 
 def test_a_process_that_gets_on_is_waited_for_beyond_the_deadline(team: Team) -> None:
     body = """
 if index == 1:
-    for part in range(10):
+    for part in range(8):
         group.working(f"part {part}")
-        time.sleep(0.5)
+        time.sleep(1)
 group.gather("leaving")
 time.sleep(1)
 """
-    team.start(program(body, 2), 2)
+    team.start(program(body, 2, timeout=6), 2)
     assert any(status == 0 for status, _, _ in team.wait())
 
 
@@ -297,10 +297,13 @@ def test_a_failure_ends_all_with_its_line_and_status(team: Team) -> None:
 
 
 def test_two_that_take_the_same_place_are_told(team: Team) -> None:
-    command = program("time.sleep(3)", 2)
+    command = program("time.sleep(60)", 2)
     team.start(lambda index, port: command(min(index, 1), port), 3)
-    refused = [found for found in team.wait() if found[0] == 2]
-    assert [said(found, 2) for found in refused] == ["t5x-lite: two processes were started as process 1 of 2"]
+    wait_for(lambda: any(process.poll() is not None for process in team.running[1:]))
+    refused = next(process for process in team.running[1:] if process.poll() is not None)
+    assert refused.returncode == 2
+    assert refused.stderr
+    assert refused.stderr.read() == "t5x-lite: two processes were started as process 1 of 2\n"
 
 
 def test_other_settings_are_named(team: Team) -> None:
@@ -323,6 +326,7 @@ def test_all_stop_at_the_same_tick(team: Team) -> None:
     body = """
 group.settled()
 with group.hearing_signals():
+    print("ready", flush=True)
     step = 0
     while not group.tick(f"step {step}"):
         step += 1
@@ -332,11 +336,11 @@ print(group.asked, step, flush=True)
 group.gather("leaving")
 time.sleep(1)
 """
-    team.start(program(body, 3, timeout=20), 3)
+    team.start(program(body, 3), 3)
     for process in team.running:
         assert process.stdout
         assert process.stdout.readline() == "together\n"
-    time.sleep(0.5)
+        assert process.stdout.readline() == "ready\n"
     team.running[2].send_signal(signal.SIGTERM)
     lines = {out.strip() for _, out, _ in team.wait()}
     assert len(lines) == 1
@@ -434,11 +438,11 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ("environment", "place"),
     [
         ({}, None),
-        (SLURM, Place("node003:61444", 4, 2, (0,))),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, Place("node003:61444", 4, 2)),
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, Place("node003:61444", 4, 2)),
+        (SLURM, Place("node003:61443", 4, 2, (0,))),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, Place("node003:61443", 4, 2)),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, Place("node003:61443", 4, 2)),
         (SLURM | {"SLURM_NTASKS": "1"}, None),
-        (OPEN_MPI, Place("10.96.0.1:64816", 3, 1, (1,))),
+        (OPEN_MPI, Place("10.96.0.1:62624", 3, 1, (1,))),
     ],
 )
 def test_launchers_say_where_a_process_stands(
