@@ -43,7 +43,7 @@ class Checkpointer:
       directory: the run's `checkpoints/`, which all processes see; created if it is missing.
       keep: how many of the latest checkpoints to keep, beside the one with the lowest validation loss.
       keep_every: checkpoints of steps that divide by this are kept for good; 0: none are.
-      timeout: seconds that processes wait for each other, and for the disk.
+      timeout: seconds that several processes wait for each other, and for the disk.
       saved: called in process 0, from another thread, with the step of every checkpoint that is complete.
     """
 
@@ -59,6 +59,7 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self._keep, self._keep_every, self._saved = keep, keep_every, saved
         self._agreement = Agreement(timeout)
+        self._limit = timeout if self._agreement.count > 1 else None  # alone, a slow disk keeps nobody waiting
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, Exception] | None = None
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,7 @@ class Checkpointer:
         agreement = self._agreement
         mine = (agreement.index, agreement.count)
         try:
-            agreement.together("written", lambda: writing.wait_for(pending, agreement.timeout))
+            agreement.together("written", lambda: writing.wait_for(pending, self._limit))
             pending.clear()  # they hold the state that was saved
             writing.give_back_memory()
             fingerprints = {name: int(value) for name, value in prints.items()}
@@ -199,7 +200,7 @@ class Checkpointer:
 
     def _discard(self, partial: Path, pending: list[Any]) -> None:
         with contextlib.suppress(Exception):  # what is still written would come back
-            writing.wait_for(pending, self._agreement.timeout)
+            writing.wait_for(pending, self._limit)
         if self._agreement.index == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -329,9 +330,14 @@ def _read_together(path: Path, items: dict[str, Any], agreement: Agreement | Non
         return [findings.sealed, [f"{path / name} is no part of the checkpoint: left alone" for name in findings.extra]]
 
     restored: dict[str, Any] = {}
+    expected: dict[str, int] = {}
 
     def restore() -> None:
         restored.update(_restore(path, items, sealed))
+        stored, saved = stored_arrays(path), read_record(path).fingerprints
+        for name, leaf in writing.named(items):
+            if name in saved and stored[name].dtype == leaf.dtype:  # in another dtype its bits are others
+                expected[name] = saved[name]
 
     if agreement is None:
         sealed, notes = check()
@@ -339,12 +345,10 @@ def _read_together(path: Path, items: dict[str, Any], agreement: Agreement | Non
     else:
         sealed, notes = agreement.together("checked", check)[0]
         agreement.together("restored", restore)
-    expected = read_record(path).fingerprints
-    asked = {name: leaf.dtype for name, leaf in writing.named(items)}
+    # Where nothing can fail in one process alone: these are computations of all.
     prints = {name: integrity.fingerprint(array) for name, array in writing.named(restored) if name in expected}
-    stored = {name: array.dtype for name, array in stored_arrays(path).items()}
     for name, value in prints.items():
-        if stored[name] == asked[name] and int(value) != expected[name]:  # another dtype has other bits
+        if int(value) != expected[name]:
             raise RuntimeError(f"{name} of checkpoint {path} is not what was saved once it is in memory")
     return restored, notes
 

@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, on any mesh; what is damaged is noticed, named and passed over."""
 
+import asyncio
 import math
 import resource
 import shutil
@@ -230,3 +231,14 @@ def test_a_disk_that_fills_up_during_a_save_keeps_the_previous_checkpoint(tmp_pa
 def test_loss_absent_never_makes_the_best(tmp_path: Path) -> None:
     save_all(tmp_path, [1, 2, 3], keep=1, losses={1: math.pi})
     assert complete_steps(tmp_path) == [1, 3]
+
+
+def test_saves_and_restores_where_an_event_loop_runs(tmp_path: Path) -> None:
+    async def cell() -> None:  # of a notebook
+        save_all(tmp_path, [1])
+        state, notes = Checkpointer(tmp_path).restore(abstract(make_state(1)))
+        assert notes == []
+        assert state is not None
+        assert_same(state, make_state(1))
+
+    asyncio.run(cell())
