@@ -28,6 +28,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -112,14 +113,14 @@ def compare(cell: Cell, ours: "Process", other: "Process | None", args: argparse
     ]
     pairs: list[tuple[float, list[float]]] = []  # of the cores that others used, and the times
     ends = time.monotonic() + args.patience
-    while len(pairs) < args.rounds or (_disturbed(pairs, args.rounds) and time.monotonic() < ends):
+    while len(pairs) < args.rounds or (disturbed(pairs, args.rounds) and time.monotonic() < ends):
         seconds, others = [0.0, 0.0], 0.0
         for side in (0, 1) if len(pairs) % 2 == 0 else (1, 0):
             process, key = sides[side]
-            _wait_until_idle(ends)
-            started, before = time.monotonic(), _busy() - process.busy()
+            wait_until_idle(ends)
+            started, before = time.monotonic(), machine_busy() - process.busy()
             seconds[side] = process.ask("run", key=key)
-            others = max(others, (_busy() - process.busy() - before) / (time.monotonic() - started))
+            others = max(others, (machine_busy() - process.busy() - before) / (time.monotonic() - started))
         pairs.append((others, seconds))
     pairs = sorted(pairs, key=lambda pair: pair[0])[: args.rounds]
     times = list(zip(*(seconds for _, seconds in pairs), strict=True))
@@ -152,11 +153,11 @@ _STAT = "/proc/stat"
 _IDLE = 0.1  # cores: as much as a machine that does nothing else takes now and then
 
 
-def _disturbed(pairs: list[tuple[float, list[float]]], rounds: int) -> bool:
+def disturbed(pairs: Sequence[tuple[float, Any]], rounds: int) -> bool:
     return sorted(others for others, _ in pairs)[rounds - 1] > _IDLE
 
 
-def _busy() -> float:
+def machine_busy() -> float:
     """Returns the seconds that all cores were busy since the machine started; 0 where nothing tells."""
     if not Path(_STAT).exists():
         return 0.0
@@ -164,11 +165,11 @@ def _busy() -> float:
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for a disk
 
 
-def _wait_until_idle(ends: float) -> None:
+def wait_until_idle(ends: float) -> None:
     while Path(_STAT).exists() and time.monotonic() < ends:
-        before = _busy()
+        before = machine_busy()
         time.sleep(0.2)
-        if _busy() - before <= 0.2 * 2 * _IDLE:
+        if machine_busy() - before <= 0.2 * 2 * _IDLE:
             return
 
 
@@ -191,13 +192,14 @@ def _lines(path: str) -> list[str]:
 class Process:
     """A library in a process of its own, which answers one line of JSON with another."""
 
+    script, options = __file__, ("input_length", "new_tokens", "threads")
+
     def __init__(self, python: str, worker: str, args: argparse.Namespace):
-        options = ("input_length", "new_tokens", "threads")
-        words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in options]
+        words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in self.options]
         offline = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         self._worker = worker
         self._process = subprocess.Popen(
-            [python, __file__, "--worker", worker, *words],
+            [python, self.script, "--worker", worker, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
