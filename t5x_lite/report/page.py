@@ -11,6 +11,7 @@ from typing import Any
 
 from t5x_lite import __version__
 from t5x_lite.errors import InputError
+from t5x_lite.report import modules
 from t5x_lite.report.charts import draw, marks
 from t5x_lite.report.runs import Run, numbers
 
@@ -51,6 +52,7 @@ def render(runs: Sequence[Run]) -> str:
         "subtitle": escape(f"t5x_lite {__version__}, made {time.strftime('%Y-%m-%d %H:%M')}"),
         "summary": _summary(runs),
         "differences": _differences(runs),
+        "modules": _modules(runs),
         "configurations": _configurations(runs),
         "notes": _notes(runs),
         "data": script,
@@ -216,6 +218,18 @@ def _differences(runs: Sequence[Run]) -> str:
     header = ["", *(_run_label(index, run) for index, run in enumerate(runs))]
     table = _table(header, rows, "settings") if rows else "<p>There are none: the runs have one configuration.</p>"
     return f'<section><h2 id="differences">Differences in configuration</h2>{table}</section>'
+
+
+def _modules(runs: Sequence[Run]) -> str:
+    rows = modules.rows(runs)
+    if not rows:
+        return ""
+    table = _table(["", *(_run_label(index, run) for index, run in enumerate(runs))], rows, "modules")
+    note = (
+        "The curve is the norm of the gradient over the run, logarithmic, on one scale for the runs of a row; the numbers"
+        " are its last value, and the median share of itself by which a step changed the module in the run's second half."
+    )
+    return f'<section><h2>Modules</h2><p class="soft">{note}</p>{table}</section>'
 
 
 def _configurations(runs: Sequence[Run]) -> str:

@@ -114,6 +114,23 @@ def test_final_numbers(tmp_path: Path) -> None:
     assert (cells["Starts"], cells["Skipped steps"], cells["Devices"]) == ("2", "1", "16 x TPU v4")
 
 
+def test_modules_have_a_curve_each(tmp_path: Path) -> None:
+    path = run_directory(tmp_path / "a")
+    with (path / "metrics.jsonl").open("a") as file:
+        for step in range(21, 31):
+            norms = {"gradient_norm/head": 0.1 * step, "update_norm/head": 0.5, "parameter_norm/head": 5.0}
+            file.write(json.dumps({"step": step, "loss": 1.0, **norms, "gradient_norm/<b>": 0.0}) + "\n")
+    page = render(read_runs([str(path), str(run_directory(tmp_path / "b"))]))
+    (row,) = re.findall(r'<tr><th scope="row"><code>head</code></th>(.*?)</tr>', page)
+    first, second = re.findall("<td>(.*?)</td>", row)
+    assert "from 2.1 to 3" in first
+    assert first.count(",") >= 10  # points
+    assert "<span>3</span>" in first
+    assert "1.0e-01" in first
+    assert "&ndash;" in second
+    assert "<code>&lt;b&gt;</code>" in page
+
+
 def test_cut_and_odd_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     path = run_directory(tmp_path / "a")
     with (path / "metrics.jsonl").open("ab") as file:
