@@ -226,8 +226,8 @@ def _modules(runs: Sequence[Run]) -> str:
         return ""
     table = _table(["", *(_run_label(index, run) for index, run in enumerate(runs))], rows, "modules")
     note = (
-        "The curve is the norm of the gradient over the run, logarithmic, on one scale for the runs of a row; the numbers"
-        " are its last value, and the median share of itself by which a step changed the module in the run's second half."
+        "The curve is the norm of the gradient over the run, logarithmic, on one scale for the runs of a row. Its last"
+        " value follows, and the median share of itself by which a step changed the module in the run's second half."
     )
     return f'<section><h2>Modules</h2><p class="soft">{note}</p>{table}</section>'
 
