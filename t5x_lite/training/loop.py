@@ -37,6 +37,7 @@ from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import TrainState, abstract_state, init_state
 from t5x_lite.training.step import dropout_key, loss_gradients, make_eval_step, make_train_step
 from t5x_lite.training.watching import Watch
+from t5x_lite.training.weights_and_biases import check_installed
 
 
 class Observer:
@@ -102,6 +103,7 @@ def train(
     observer = Observer() if observer is None or group.index else observer
     out = Path(config.out).expanduser()
     group.check_same(config)
+    check_installed(config.train.wandb)
     with group.waiting("the devices of all processes"):
         mesh = sharding.make_mesh(config.mesh)
     data = data or recipe.open_data(config.data)

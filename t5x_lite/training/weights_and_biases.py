@@ -1,11 +1,25 @@
 """Weights & Biases, for who wants it: the package is an extra, and is imported here alone, once it is asked for."""
 
+import importlib.util
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from t5x_lite.errors import InputError
+
+
+def check_installed(project: str) -> None:
+    """Checks, without importing it, that the package is there if a run names a project.
+
+    Raises:
+      InputError: it is not.
+    """
+    if project and not (sys.modules.get("wandb") or importlib.util.find_spec("wandb")):
+        raise InputError(
+            f"train.wandb={project} needs the wandb package: pip install 't5x_lite[wandb]' (or: pip install wandb)"
+        )
 
 
 class WandbRun:
@@ -25,12 +39,9 @@ class WandbRun:
     """
 
     def __init__(self, project: str, directory: Path, config: Mapping[str, Any]):
-        try:
-            import wandb  # type: ignore[import-not-found]
-        except ImportError:
-            raise InputError(
-                f"train.wandb={project} needs the wandb package: pip install 't5x_lite[wandb]' (or: pip install wandb)"
-            ) from None
+        check_installed(project)
+        import wandb  # type: ignore[import-not-found]
+
         name = directory / "wandb_id"
         if not name.exists():
             name.write_text(secrets.token_hex(8))

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from t5x_lite.config import resolve
 from t5x_lite.errors import InputError
-from t5x_lite.training.weights_and_biases import WandbRun
+from t5x_lite.training.loop import train
+from t5x_lite.training.weights_and_biases import WandbRun, check_installed
 
 
 class FakeRun:
@@ -72,8 +74,18 @@ def test_a_run_that_continues_goes_on_under_its_id(runs: list[FakeRun], tmp_path
 
 def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"train\.wandb=letters needs the wandb package: pip install"):
-        WandbRun("letters", tmp_path, {})
+    check_installed("")
+    for begin in (lambda: check_installed("letters"), lambda: WandbRun("letters", tmp_path, {})):
+        with pytest.raises(InputError, match=r"train\.wandb=letters needs the wandb package: pip install"):
+            begin()
+
+
+def test_a_run_asks_for_the_package_before_it_reads_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    settings = ["train.wandb=letters", "data.path=nowhere.txt", f"out={tmp_path / 'run'}"]
+    with pytest.raises(InputError, match="needs the wandb package"):
+        train(resolve(None, settings).config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_package_complains_of_is_one_line_too(
