@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
+from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.initialization import Initializers, initializers
 from t5x_lite.nn.attention import Attention, KeysValues, Mask
@@ -19,14 +21,41 @@ from t5x_lite.nn.embeddings import SmallEmbedding
 from t5x_lite.nn.feed_forward import FeedForward
 from t5x_lite.nn.norms import LayerNorm, RMSNorm
 from t5x_lite.nn.positions import RelativeBias, Rotation, rotation, sinusoids
+from t5x_lite.nn.row_attention import ATTENDED
 from t5x_lite.sharding import constrain
 
-# What the backward pass finds stored, from most memory to least. None: everything XLA likes to keep.
+_LAYER_INPUT, _HOST = "layer_input", "pinned_host"
+
+# What the backward pass finds stored, from most memory of a device to least. None: everything XLA likes to keep.
 REMAT_POLICIES: Mapping[str, Any] = {
     "none": None,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "minimal": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst=_HOST,
+    ),
 }
+
+
+def check_remat(remat: str, device: Any) -> None:
+    """Checks that a device can do what a key of `REMAT_POLICIES` asks for.
+
+    Raises:
+      InputError: `offload`, and the device cannot reach the host's memory.
+    """
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if remat == "offload" and _HOST not in kinds:
+        raise InputError(
+            f"train.remat=offload needs {_HOST} memory, and {device.device_kind} has {', '.join(kinds)} alone;"
+            f" allowed here: {', '.join(name for name in REMAT_POLICIES if name != remat)}"
+        )
+
 
 _NO_WINDOW = 2**30  # further than any two tokens are apart
 
@@ -108,6 +137,7 @@ class Layer(nn.Module):
         cfg = self.config
         inits = initializers(cfg)
         kept: dict[str, KeysValues | None] = {"cross_attention": None}
+        x = checkpoint_name(x, _LAYER_INPUT)
         options = {"cached": cache is not None, "enable_dropout": self.enable_dropout}
         mask = context.mask if window is None else dataclasses.replace(context.mask, window=window)
 

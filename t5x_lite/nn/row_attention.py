@@ -14,6 +14,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from t5x_lite.nn.dropout import kept
@@ -21,6 +22,9 @@ from t5x_lite.sharding import activation_spec, axis_size
 
 # Finite, as in T5X: a row in which everything is masked then attends evenly instead of turning into NaN.
 MASKED = -1e10
+
+# The name of what comes out, for what decides what a backward pass finds stored: without it everything is done again.
+ATTENDED = "attended"
 
 # Logits at a time: on a CPU what its caches hold, on an accelerator what keeps it busy (256 MiB of float32).
 _ON_CPU, _ON_ACCELERATOR = 2**21, 2**26
@@ -249,7 +253,7 @@ def _attend(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) 
 
 
 def _attention_fwd(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> tuple[jax.Array, Any]:
-    out, top, total = _attend(rules, queries, keys, bias, window)
+    out, top, total = (checkpoint_name(x, ATTENDED) for x in _attend(rules, queries, keys, bias, window))
     return out, (queries, keys, bias, window, (out, top, total))
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from t5x_lite import sharding
 from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
+from t5x_lite.models.stack import check_remat
 from t5x_lite.models.transformer import Batch, Transformer, encoder_segments
 from t5x_lite.nn.attention import MASKED
 from t5x_lite.training.averaging import ema_update
@@ -226,7 +227,11 @@ def make_train_step(
       trained: tree of bools, which parameters are trained, from `trained_parameters`; by default all.
       halt_above: once more steps than this have been skipped, nothing changes any more: the state stays the one that
         went wrong, although another step is under way by the time somebody looks.
+
+    Raises:
+      InputError: the devices cannot offload what `model.remat` asks them to.
     """
+    check_remat(model.remat, mesh.devices.flat[0])
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = dropout_key(seed, state.step)

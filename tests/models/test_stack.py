@@ -1,6 +1,7 @@
 """What all families share: packing, positions that a table does not have, and parts that a model does not have."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from t5x_lite.errors import InputError
 from t5x_lite.models import PRESETS, TransformerConfig, build
+from t5x_lite.models.stack import check_remat
 
 LENGTH = 15
 SMALL = {"vocab_size": 67, "embed_dim": 24, "num_heads": 4, "head_dim": 6, "mlp_dim": 40}
@@ -164,3 +166,23 @@ def test_hidden_states_are_those_of_the_stack_that_there_is() -> None:
         shapes = model.param_shapes()
         hidden = jax.eval_shape(lambda p, m=model: m.apply({"params": p}, batch, method="hidden_states"), shapes)
         assert hidden.shape == (2, length, 24), name
+
+
+# --- what the backward pass finds stored ----------------------------------------------------------------------------
+
+
+class Device:
+    """A device that cannot reach the memory of its host."""
+
+    device_kind = "TPU v9"
+
+    def addressable_memories(self) -> list[Any]:
+        return [SimpleNamespace(kind="device")]
+
+
+def test_offloading_is_refused_where_there_is_nowhere_to() -> None:
+    words = "train.remat=offload needs pinned_host memory, and TPU v9 has device alone; allowed here: none, minimal"
+    with pytest.raises(InputError, match=words):
+        check_remat("offload", Device())
+    check_remat("full", Device())
+    check_remat("offload", jax.devices()[0])

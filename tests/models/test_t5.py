@@ -167,7 +167,7 @@ def test_remat_policies_give_the_same_gradients(tiny_config: Any, random_params:
         return traced.lower().compile()(params), str(traced.jaxpr).count("tanh")
 
     expected, tanhs = gradients("none")
-    for remat in ("minimal", "full"):
+    for remat in ("minimal", "full", "offload"):
         got, recomputed = gradients(remat)
         assert recomputed > tanhs  # the activations come into being twice
         for path, value in paths(got).items():
