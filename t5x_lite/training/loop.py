@@ -30,10 +30,10 @@ from t5x_lite.training.diagnosis import Finding, diagnose
 from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.monitor import EventLog, read_metrics
 from t5x_lite.training.nonfinite import NonFinite
-from t5x_lite.training.optimizers import make_optimizer, trained_parameters
+from t5x_lite.training.optimizers import trained_parameters
 from t5x_lite.training.processes import Group, current
+from t5x_lite.training.run_parts import mesh_of, optimizer_of
 from t5x_lite.training.scalars import Scalars
-from t5x_lite.training.schedules import make_schedule
 from t5x_lite.training.state import TrainState, abstract_state, init_state
 from t5x_lite.training.step import dropout_key, loss_gradients, make_eval_step, make_train_step
 from t5x_lite.training.watching import Watch
@@ -105,10 +105,9 @@ def train(
     group.check_same(config)
     check_installed(config.train.wandb)
     with group.waiting("the devices of all processes"):
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = mesh_of(config, group)
     data = data or recipe.open_data(config.data)
     recipe.check_objectives(config, data)
-    _check_mesh(config, mesh)
     with contextlib.nullcontext() if group.index else run_directory.lock(out):
         texts = recipe.training_texts(data, config.data)
         group.working("making the tokenizer")
@@ -165,26 +164,7 @@ def _train(
     for note in read.notes:
         observer.note(note)
     model = build(config.model, config.train.dtype, config.train.remat)
-    opt = config.optimizer
-    schedule = make_schedule(
-        opt.schedule,
-        opt.peak,
-        opt.warmup_steps,
-        config.train.steps,
-        decay_steps=opt.decay_steps,
-        final_share=opt.final_share,
-    )
-    tx = make_optimizer(
-        opt.name,
-        schedule,
-        model.logical_axes(),
-        clip_norm=opt.clip_norm,
-        weight_decay=opt.weight_decay,
-        b1=opt.b1,
-        b2=opt.b2,
-        frozen=opt.frozen,
-        no_decay=opt.no_decay,
-    )
+    schedule, tx = optimizer_of(config, model)
     abstract = abstract_state(model, tx, mesh, ema=bool(config.train.ema_decay))
     if group.index == 0 and run_directory.has_begun(out):
         for note in run_directory.check_same_run(out, config, fingerprint):
@@ -444,20 +424,6 @@ def _loss(config: TrainConfig) -> LossSettings:
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _check_mesh(config: RunConfig, mesh: Mesh) -> None:
-    """Checks what can be checked before the data is read; the vocabulary's size is not known yet."""
-    sizes = config.model.sharded_sizes()
-    if config.fit_vocabulary:
-        del sizes["vocab"]
-    sharding.check_divides(mesh, sizes)
-    rows = config.train.batch_size // config.train.microbatches
-    try:
-        sharding.check_divides(mesh, {"batch": rows})
-    except InputError as error:
-        detail = f"train.batch_size {config.train.batch_size} / train.microbatches {config.train.microbatches}"
-        raise InputError(f"{error}; {detail} = {rows} rows at a time") from None
 
 
 def _first_state(

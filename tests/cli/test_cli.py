@@ -153,7 +153,7 @@ def test_doctor_names_what_is_missing(t5x, monkeypatch: pytest.MonkeyPatch) -> N
         (["train", "model=t5-smal"], ["unknown model 't5-smal'", "did you mean 't5-small'"]),
         (["train", "no.yaml"], ["no configuration file or run directory 'no.yaml'"]),
         (["train", "data.path=no/such/*.txt"], ["no/such/*.txt"]),
-        (["train", "optimizer.name=adam"], ["optimizer.name='adam'", "'adafactor' or 'adamw'"]),
+        (["train", "optimizer.name=adam"], ["optimizer.name='adam'", "'adafactor', 'adamw', 'lion', 'muon' or 'sgd'"]),
         (["train", "mesh=date:8"], ["unknown axis 'date'", "did you mean 'data'"]),
         (["train", "mesh=model:8", "model=t5-v1.1-small"], ["'heads' of size 6", "'model' of size 8"]),
         (["train", "mesh=data:3"], ["covers 3 devices, but there are 8"]),
