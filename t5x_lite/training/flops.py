@@ -109,14 +109,17 @@ def xla_flops(function: Callable[..., Any], *args: Any) -> float:
       function: to be counted.
       args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
     """
-    return _count(jax.make_jaxpr(function)(*args))
+    return _count(jax.make_jaxpr(function)(*args))[0]
 
 
-def _count(program: core.ClosedJaxpr) -> float:
-    total = _counted_once(program)
+def _count(program: core.ClosedJaxpr) -> tuple[float, float]:
+    """Returns the count with every loop as often as it runs, and with every loop's body once."""
+    once = _counted_once(program)
+    total = once
     for length, body in _loops(program.jaxpr):
-        total += length * _count(body) - _counted_once(body)
-    return total
+        body_total, body_once = _count(body)
+        total += length * body_total - body_once
+    return total, once
 
 
 def _counted_once(program: core.ClosedJaxpr) -> float:

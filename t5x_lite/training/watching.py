@@ -9,9 +9,11 @@ from jax.sharding import Mesh
 
 from t5x_lite.config import RunConfig, flatten
 from t5x_lite.training.flops import peak_flops, training_flops, xla_flops
-from t5x_lite.training.monitor import EventLog, MetricsLog, Tracker
+from t5x_lite.training.monitor import EventLog, MetricsLog, Tracker, read_events
 from t5x_lite.training.pace import Pace, Work, memory, positions
 from t5x_lite.training.profiling import Profiler
+
+_COUNTED: dict[tuple[Any, ...], float] = {}  # XLA's counts of the programs of this process
 
 
 class Watch:
@@ -36,6 +38,7 @@ class Watch:
         self.pace = Pace(None if peak is None else peak * mesh.size)
         self.profiler = Profiler(directory, config.train.profiled_steps())
         self._started = False
+        self._earlier = [event for event in read_events(directory) if "xla_flops" in event] if step else []
         self.log: MetricsLog | None = None
         if events is None:
             return
@@ -71,7 +74,14 @@ class Watch:
         self._started = True
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
         formula = training_flops(self._config.model, shapes[-1])
-        self.event("counted", step, formula_flops=formula, xla_flops=xla_flops(program, *shapes))
+        # Counting takes a second or more. A start of this run, or a run like it in this process, may have done it.
+        earlier = next((event["xla_flops"] for event in self._earlier if event.get("formula_flops") == formula), None)
+        train = self._config.train
+        layout = tuple((name, shapes[-1][name].shape) for name in sorted(shapes[-1]))
+        key = (self._config.model, train.dtype, train.remat, train.microbatches, train.loss_chunk, layout)
+        if key not in _COUNTED:
+            _COUNTED[key] = earlier or xla_flops(program, *shapes)
+        self.event("counted", step, formula_flops=formula, xla_flops=_COUNTED[key])
 
     def step(self, record: dict[str, Any], batch: Any, logged: bool) -> dict[str, Any]:
         """Hears that a step has ended, and returns its record with what is known of its speed.

@@ -121,6 +121,26 @@ def test_weights_and_biases_is_asked_for_before_anything_is_logged(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_run_that_continues_is_not_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = {"encoder_input_tokens": np.zeros((2, 8)), "decoder_input_tokens": np.zeros((2, 4))}
+    calls = []
+
+    def program(batch: Any) -> Any:
+        calls.append(batch)
+        return batch["encoder_input_tokens"] @ np.ones((8, 8))
+
+    for start in range(3):
+        monkeypatch.setattr(watching, "_COUNTED", {})  # another process
+        watch = Watch(small_config(tmp_path), make_mesh(), tmp_path, start, EventLog(tmp_path))
+        watch.count(start + 1, program, batch)
+        watch.count(start + 2, program, batch)
+        watch.close()
+    counted = [event for event in read_events(tmp_path) if event["event"] == "counted"]
+    assert len(calls) == 1
+    assert [event["step"] for event in counted] == [1, 2, 3]
+    assert {event["xla_flops"] for event in counted} == {2.0 * 2 * 8 * 8}
+
+
 def test_how_a_run_ends_is_an_event(tmp_path: Path) -> None:
     watch = Watch(small_config(tmp_path), make_mesh(), tmp_path, 0, EventLog(tmp_path))
     for error in (FloatingPointError("step 3:\n the loss is nan"), KeyboardInterrupt(), OSError("the disk is gone")):
