@@ -96,10 +96,11 @@ def measure(cell: Cell, device: Any, topology: str) -> dict[str, Any]:
     lengths = {"decoder_input_tokens": targets, "decoder_target_tokens": targets, "decoder_loss_weights": targets}
     if inputs:
         lengths["encoder_input_tokens"] = inputs
-    layout = sharding.batch_sharding(mesh, 2)
     batch = {
         name: jax.ShapeDtypeStruct(
-            (rows, length), jnp.float32 if name.endswith("weights") else jnp.int32, sharding=layout
+            (rows, length),
+            jnp.float32 if name.endswith("weights") else jnp.int32,
+            sharding=sharding.batch_sharding(mesh, (rows, length)),
         )
         for name, length in lengths.items()
     }

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite.nn.dropout import Dropout
+from t5x_lite.nn.dropout import Dropout, kept
 
 
 def drop(x: jax.Array, rate: float, seed: int = 0, **attributes) -> jax.Array:
@@ -70,3 +70,53 @@ def test_random_numbers_are_few(shared: bool, bits: int) -> None:
         return drawn + [size for part in inner for size in sizes(part)]
 
     assert sizes(jaxpr.jaxpr) == [bits]
+
+
+# --- the hash -------------------------------------------------------------------------------------------------------
+
+LINES, LENGTH = 512, 2048
+
+
+def lines(seed: int, rate: float) -> np.ndarray:
+    """Returns which of a million numbers are kept, `[LINES, LENGTH]`."""
+    seeds = jax.random.bits(jax.random.key(seed), (LINES, 1, 2), jnp.uint32)
+    return np.asarray(jax.jit(lambda seeds: kept(seeds, (LINES, LENGTH), 1, rate))(seeds))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the correlation in standard errors of that of as many independent pairs."""
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1] * np.sqrt(a.size))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_hashed_masks_are_not_correlated(rate: float) -> None:
+    # Places near each other and far apart, lines next to each other, other keys: 52 correlations of a million pairs,
+    # of which one in a billion would be beyond six standard errors by chance.
+    mask = lines(0, rate)
+    lags = [*range(1, 33), 64, 128, 256, 512, 1000, 1024]
+    found = [correlation(mask[:, lag:], mask[:, :-lag]) for lag in lags]
+    found += [correlation(mask[lag:], mask[:-lag]) for lag in (1, 2, 3, 8, 64)]
+    found += [correlation(mask[1:, lag:], mask[:-1, :-lag]) for lag in (1, 2, 3, 8)]
+    found += [correlation(mask, lines(seed, rate)) for seed in range(1, 6)]
+    assert len(found) == 52
+    assert max(map(abs, found)) < 6
+    # Together they are as spread as they should be, and not less: five standard errors of a standard deviation.
+    assert abs(np.std(found) - 1) < 5 / np.sqrt(2 * len(found))
+
+
+def test_hashed_masks_have_every_pattern_as_often() -> None:
+    bits = lines(0, 0.5).reshape(-1, 8) @ (1 << np.arange(8))
+    expected = bits.size / 256
+    chi_square = np.sum((np.bincount(bits, minlength=256) - expected) ** 2) / expected
+    assert abs(chi_square - 255) < 5 * np.sqrt(2 * 255)
+    per_line = lines(1, 0.1).mean(axis=1)
+    # A line keeps a binomial number; 20 % is five standard errors of the variance of 512.
+    assert abs(np.var(per_line) / (0.1 * 0.9 / LENGTH) - 1) < 5 * np.sqrt(2 / LINES)
+
+
+def test_hashed_masks_belong_to_places_whatever_axis_they_lie_along() -> None:
+    seeds = jax.random.bits(jax.random.key(0), (6, 2), jnp.uint32)
+    across = kept(seeds[:, None], (6, 50), 1, 0.3)
+    np.testing.assert_array_equal(kept(seeds[None], (50, 6), 0, 0.3), across.T)
+    np.testing.assert_array_equal(kept(seeds[2:4, None], (2, 50), 1, 0.3), across[2:4])
+    assert kept(seeds[:, None], (6, 50), 1, 0.0).all()
