@@ -61,7 +61,7 @@ class Checkpointer:
         self._agreement = Agreement(timeout)
         self._limit = timeout if self._agreement.count > 1 else None  # alone, a slow disk keeps nobody waiting
         self._thread: threading.Thread | None = None
-        self._failure: tuple[int, Exception] | None = None
+        self._failure: tuple[int, BaseException] | None = None
         self.directory.mkdir(parents=True, exist_ok=True)
         if self._agreement.index == 0:
             _remove_leftovers(self.directory)
@@ -177,8 +177,9 @@ class Checkpointer:
             found = agreement.together("read back", lambda: writing.check_written(partial, fingerprints, mine))
             sums = {name: digest for part in found for name, digest in part.items()}
             agreement.first("kept", lambda: self._keep_it(step, partial, dict(sorted(sums.items()))))
-        except Exception as error:
-            self._discard(partial, pending)
+        except BaseException as error:  # whatever it is, `wait` must not return as if all were saved
+            if isinstance(error, Exception):
+                self._discard(partial, pending)
             self._failure = step, error
         finally:
             writing.give_back_memory()
@@ -210,7 +211,7 @@ class Checkpointer:
         (self.directory / str(step)).rename(self.directory / name)
         return name
 
-    def _explained(self, step: int, error: Exception) -> Exception:
+    def _explained(self, step: int, error: BaseException) -> BaseException:
         text = str(error)
         # TensorStore reports system errors as text.
         numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
