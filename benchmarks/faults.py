@@ -496,8 +496,8 @@ def main() -> int:
         for report in campaign(args.runs, args.faults, args.seed, kinds, args.keep or Path(temporary), counts):
             reports.append(report)
             print(json.dumps(report), flush=True)
-    if args.results:
-        args.results.write_text("".join(json.dumps(report) + "\n" for report in reports))
+            if args.results:
+                args.results.write_text("".join(json.dumps(report) + "\n" for report in reports))
     print(table(reports), file=sys.stderr)
     wrong = [report for report in reports if report["outcome"].startswith("WRONG")]
     print(f"{len(reports)} faults, {len(wrong)} of them came out wrong", file=sys.stderr)
