@@ -122,6 +122,26 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path, da
     assert_same(state, make_state(2))
 
 
+def test_a_checkpoint_without_its_seal_is_not_trusted(tmp_path: Path) -> None:
+    save_all(tmp_path, [1, 2])
+    (tmp_path / "2" / integrity.SEAL).unlink()
+    state, notes = Checkpointer(tmp_path).restore(abstract(make_state(1)))
+    assert state is not None
+    assert_same(state, make_state(1))
+    assert "checksums.json is missing; set aside as 2.unreadable" in notes[0]
+
+
+def test_whatever_ends_the_saving_thread_is_raised(tmp_path: Path) -> None:
+    def leave(step: int) -> None:
+        raise SystemExit(f"after step {step}")
+
+    checkpointer = Checkpointer(tmp_path, saved=leave)
+    checkpointer.save(make_state(1))
+    with pytest.raises(SystemExit, match="after step 1"):
+        checkpointer.wait()
+    checkpointer.close()  # once
+
+
 def test_all_damaged_is_an_error_that_names_them(tmp_path: Path) -> None:
     save_all(tmp_path, [1, 2])
     flip_a_bit(tmp_path / "1")

@@ -241,7 +241,7 @@ def test_a_file_that_does_not_belong_there_is_told_and_left_alone(tmp_path: Path
 
 
 def test_why_each_is_kept() -> None:
-    losses = {10: 3.0, 20: 1.0, 25: float("nan"), 30: 1.0, 40: None, 45: 2.0, 47: None}
+    losses = {10: float("nan"), 20: 1.0, 25: 3.0, 30: 1.0, 40: None, 45: 2.0, 47: None}
     assert why_kept(losses, keep=2, keep_every=20) == {
         10: [],
         20: ["every 20"],
