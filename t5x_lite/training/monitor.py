@@ -74,10 +74,12 @@ class _Board:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        events: Any = event_pb2  # their classes are made at the import, which no type checker sees
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
         directory.mkdir(exist_ok=True)
         self._file = EventsWriter(str(directory / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # what is there from this step on is void
+        start = events.SessionLog(status=events.SessionLog.START)  # what is there from this step on is void
         self._write(self._event(step=first_step, session_log=start))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:

@@ -384,7 +384,7 @@ def end_now(status: int, line: str = "") -> NoReturn:
 def _hear_of_compiling(group: Group) -> None:
     import jax
 
-    def hear(event: str, seconds: float, **more: Any) -> None:
+    def hear(event: str, duration_secs: float, **more: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             if event.endswith("jaxpr_to_mlir_module_duration"):
                 group._compiling = True
