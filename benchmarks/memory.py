@@ -23,28 +23,28 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 SHAPES = {"t5-base": (8, 512, 114), "gpt2": (8, 0, 1024)}  # rows, lengths of input and target
+CHUNKS = {"t5-base": 19, "gpt2": 64}  # tokens of a row whose logits exist at a time, where not all do
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A step: its model, the tokens of a row whose logits exist at a time (0: all), the remat policy, the dtype."""
+    """A step: its model, the dtype, whether logits come in chunks, and the remat policy."""
 
     model: str
     dtype: str
-    chunk: int | None = 0
-    remat: str = "none"
+    chunked: bool
+    remat: str
 
     @property
     def name(self) -> str:
-        chunk = "whole" if self.chunk == 0 else "chunked"
-        return f"{self.model}/{self.dtype}/{chunk}/{self.remat}"
+        return f"{self.model}/{self.dtype}/{'chunked' if self.chunked else 'whole'}/{self.remat}"
 
 
 def cells(dtype: str) -> list[Cell]:
     return [
         Cell(model, dtype, *rest)
         for model in SHAPES
-        for rest in ((0, "none"), (None, "none"), (None, "minimal"), (None, "full"), (None, "offload"))
+        for rest in ((False, "none"), (True, "none"), (True, "minimal"), (True, "full"), (True, "offload"))
     ]
 
 
@@ -104,7 +104,7 @@ def measure(cell: Cell, device: Any, topology: str) -> dict[str, Any]:
         )
         for name, length in lengths.items()
     }
-    loss = LossSettings(chunk=cell.chunk)
+    loss = LossSettings(chunk=CHUNKS[cell.model] if cell.chunked else 0)
     step = steps.make_train_step(model, tx, optax.constant_schedule(1e-4), mesh, state, loss=loss)
     started = time.perf_counter()
     memory = step.lower(state, batch).compile().memory_analysis()
@@ -114,6 +114,7 @@ def measure(cell: Cell, device: Any, topology: str) -> dict[str, Any]:
         "rows": rows,
         "input_length": inputs,
         "target_length": targets,
+        "chunk": loss.chunk,
         "temporary": memory.temp_size_in_bytes,
         "host_temporary": memory.host_temp_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
