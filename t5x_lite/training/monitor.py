@@ -110,6 +110,8 @@ class EventLog:
       directory: the run directory.
     """
 
+    _file = -1
+
     def __init__(self, directory: Path):
         path = directory / "events.jsonl"
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -135,6 +137,10 @@ class EventLog:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def __del__(self) -> None:
+        # The saving thread may have something to write until the very end of a run, however that ends.
+        self.close()
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:

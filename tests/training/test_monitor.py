@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from t5x_lite.training.monitor import EventLog, MetricsLog, read_events, read_metrics
 
 
@@ -81,3 +83,12 @@ def test_a_log_that_continues_drops_what_will_be_made_again(tmp_path: Path) -> N
         file.write(b'{"step": 1, "lo\xff')
     MetricsLog(tmp_path, 2).close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_log_of_events_that_nobody_closes_lets_go_of_its_file(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        EventLog(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        EventLog(tmp_path / "missing")
+    assert len(os.listdir("/proc/self/fd")) < before + 10
