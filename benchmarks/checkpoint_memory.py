@@ -3,8 +3,8 @@
 Run it as `python benchmarks/checkpoint_memory.py`; it prints one JSON object a figure. The state is parameters and two
 moments of them in float32, on the devices that there are. On a CPU the devices' memory is the host's: figures are what
 a save or a restore takes beside the state, while a donated training step goes on. `resident` is what the operating
-system counts, sampled every two milliseconds. Growth is from the sixth to tenth save, when every thread has come to its own
-memory, to the last five: medians, as now and then buffers are freed a moment later.
+system counts, sampled every two milliseconds. Growth is from the sixth to tenth save, when every thread has come to
+its own memory, to the last five: medians, as now and then buffers are freed a moment later.
 """
 
 import argparse
