@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -297,9 +298,11 @@ class Group:
     def _leave(self) -> None:
         self._leaving = True
         main = threading.main_thread().ident
-        if main is not None:
-            signal.pthread_kill(main, signal.SIGTERM)  # the handler raises EndedEarly
-        time.sleep(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
+        while not self._left and time.monotonic() < deadline:
+            if main is not None:
+                signal.pthread_kill(main, signal.SIGTERM)  # the handler raises EndedEarly
+            time.sleep(1.0)
         if not self._left:  # it is in a library that does not come back, such as XLA when it compiles
             early = EndedEarly(self)
             end_now(early.status, early.line)
@@ -321,14 +324,15 @@ class Group:
         try:
             yield
         finally:
+            self._left = self._leaving
             signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if not self._leaving:  # else one more signal may be on its way
+                for number, handler in before.items():
+                    signal.signal(number, handler)
             theirs.close()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._leaving and not self._left:
-            self._left = True
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        if self._leaving and not self._left and not _exceptions_are_ignored(frame):
             raise EndedEarly(self)
 
     def _read_signals(self, source: socket.socket) -> None:
@@ -367,6 +371,15 @@ class Group:
                 shutdown_timeout_seconds=later,
                 coordinator_bind_address=self._channel.jax_address,
             )
+
+
+def _exceptions_are_ignored(frame: types.FrameType | None) -> bool:
+    """Returns whether Python is collecting garbage: what is raised there is printed, and then forgotten."""
+    while frame is not None:
+        if frame.f_code.co_name in ("__del__", "_xla_gc_callback"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def end_now(status: int, line: str = "") -> NoReturn:
