@@ -350,6 +350,16 @@ time.sleep(1)
 # --- one process ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts back the handlers of signals, which a process that ends early leaves as they are."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_before_the_first_step_a_signal_ends_at_once() -> None:
     group = Group(unfinished_status=75)
     with group.hearing_signals():
@@ -358,6 +368,20 @@ def test_before_the_first_step_a_signal_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(LONG)
     assert early.value.code == 75
+
+
+@pytest.mark.usefixtures("handlers")
+def test_what_garbage_collection_swallows_is_asked_again() -> None:
+    class Swallows:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.5)  # the wish comes meanwhile
+
+    group = Group()
+    with group.hearing_signals(), pytest.raises(EndedEarly):  # noqa: PT012
+        assert not group.tick("step 1")
+        Swallows()
+        time.sleep(LONG)
 
 
 def test_after_a_step_a_signal_is_heard_at_the_next() -> None:
