@@ -33,7 +33,7 @@ import numpy as np
 
 B1, B2, WEIGHT_DECAY, CLIP = 0.9, 0.98, 0.1, 1.0
 WARMUP = 20
-PEAK = {"adamw": 2e-3, "adafactor": 5e-3}
+PEAK = {"t5/adamw": 5e-4, "t5/adafactor": 5e-3, "gpt2/adamw": 5e-4}
 SHAPE = ("model.embed_dim=128", "model.num_heads=4", "model.head_dim=32", "model.mlp_dim=512", "model.dropout_rate=0.0")
 MODELS = {
     "t5": (
@@ -45,10 +45,11 @@ MODELS = {
     ),
     "gpt2": (
         "model=gpt2",
+        "model.attention_dropout_rate=0.0",
         "model.num_decoder_layers=4",
-        "model.max_positions=129",
+        "model.max_positions=65",
         "train.batch_size=8",
-        "train.input_length=128",
+        "train.input_length=64",
     ),
 }
 CELLS = ("t5/adamw", "t5/adafactor", "gpt2/adamw")
@@ -149,7 +150,7 @@ def ours(name: str, optimizer: str, folder: Path, args: argparse.Namespace) -> t
 
     model, mesh = build(config.model), sharding.make_mesh("", jax.devices()[:1])
     axes = model.logical_axes()
-    schedule = make_schedule("cosine", PEAK[optimizer], WARMUP, args.steps, final_share=0.1)
+    schedule = make_schedule("cosine", PEAK[f"{name}/{optimizer}"], WARMUP, args.steps, final_share=0.1)
     if optimizer == "adamw":
         decay = {"weight_decay": WEIGHT_DECAY, "b1": B1, "b2": B2}
         tx = make_optimizer("adamw", schedule, axes, clip_norm=CLIP, **decay)
