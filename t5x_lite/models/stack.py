@@ -138,7 +138,7 @@ class Layer(nn.Module):
         inits = initializers(cfg)
         kept: dict[str, KeysValues | None] = {"cross_attention": None}
         x = checkpoint_name(x, _LAYER_INPUT)
-        options = {"cached": cache is not None, "enable_dropout": self.enable_dropout}
+        options: dict[str, Any] = {"cached": cache is not None, "enable_dropout": self.enable_dropout}
         mask = context.mask if window is None else dataclasses.replace(context.mask, window=window)
 
         def self_attention(y: jax.Array) -> jax.Array:
