@@ -5,6 +5,7 @@ logits again (Rabe and Staats 2021; Dao et al. 2022). A CPU takes a row of the b
 block of queries: what it works on then stays in its cache. An accelerator takes as many rows as keep it busy.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def row_attention(
     if groups > 1 and groups % axis_size(mesh, "model"):
         # A device's heads of queries would not be those that its heads of keys serve.
         key, value = (jnp.repeat(x, heads // groups, axis=1) for x in (keys.key, keys.value))
-        keys = keys.replace(key=key, value=value)
+        keys = dataclasses.replace(cast(Any, keys), key=key, value=value)
 
     def spec(x: jax.Array | None, *names: str) -> PartitionSpec | None:
         # An axis that does not divide stays whole.
@@ -132,7 +133,7 @@ def row_attention(
         positions=cast(Any, spec(keys.positions, "batch", "length")),
         factors=cast(Any, spec(keys.factors, "batch", "heads", "features")),
     )
-    gathered = axis_size(mesh, of_keys.segments[1]) > 1
+    gathered = axis_size(mesh, cast(Any, of_keys.segments)[1]) > 1
     specs = (of_queries, of_keys, spec(bias, "features", "heads", "length", "features"), PartitionSpec())
     if window is None:
         specs = (*specs[:3], None)
@@ -153,8 +154,9 @@ def _whole_length(keys: Keys) -> Keys:
 def _local(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> jax.Array:
     query = jnp.swapaxes(queries.query, 1, 2)
     key, value = keys.key.astype(query.dtype), keys.value.astype(query.dtype)
-    attended = _attention(rules, queries.replace(query=query), keys.replace(key=key, value=value), bias, window)
-    return jnp.swapaxes(attended, 1, 2)
+    queries = dataclasses.replace(cast(Any, queries), query=query)
+    keys = dataclasses.replace(cast(Any, keys), key=key, value=value)
+    return jnp.swapaxes(cast(jax.Array, _attention(rules, queries, keys, bias, window)), 1, 2)
 
 
 # --- rows, and blocks of their queries ------------------------------------------------------------------------------
