@@ -363,7 +363,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     def put(rows: np.ndarray) -> jax.Array:
         size = len(rows) // len(held)  # of a part
 
-        def part(where: tuple[slice, ...]) -> np.ndarray:
+        def part(where: Any) -> np.ndarray:
             first = held.index((where[0].start or 0) // size) * size
             return rows[(slice(first, first + size), *where[1:])]
 

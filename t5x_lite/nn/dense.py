@@ -162,10 +162,11 @@ def _in_blocks(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
 
 def _unconverted(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
     # XLA has a bfloat16 product for a CPU if the sum is float32 and there are two rows at least.
+    product: Any = _product
     if x.size != x.shape[-1]:
-        return _product(x, kernel, axis, jnp.float32).astype(dtype)
+        return product(x, kernel, axis, jnp.float32).astype(dtype)
     rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
-    return _product(rows, kernel, axis, jnp.float32)[0].astype(dtype).reshape(*x.shape[:-1], -1)
+    return product(rows, kernel, axis, jnp.float32)[0].astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 def stream_dtype(dtype: Any) -> Any:

@@ -284,7 +284,7 @@ def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]
 
         d_bias = None if bias is None else jnp.zeros_like(bias)
         d_bias, gradients = jax.lax.scan(rows, d_bias, _groups((queries, keys, softmax), plan.rows))
-        if bias is not None:
+        if d_bias is not None:
             d_bias = _merged(jnp.swapaxes(d_bias, 2, 3)[:, None], softmax[0].shape[2])
         d_query, d_key, d_value = _rows(gradients)
         return d_query.astype(queries.query.dtype), *(x.astype(keys.key.dtype) for x in (d_key, d_value)), d_bias

@@ -217,6 +217,7 @@ class _Apply:
         return getattr(self._model, name)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        changed: Any
         y, changed = self._model.apply(variables, *args, mutable=["intermediates"], **kwargs)
         self.seen = {**self.seen, **changed.get("intermediates", {})}  # the head is applied apart
         return y

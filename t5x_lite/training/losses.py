@@ -181,8 +181,8 @@ def _chunked(
     head: Any, settings: LossSettings, params: Any, hidden: Any, targets: Any, weights: Any, z_loss: Any
 ) -> Any:
     def one(total: LossSums, chunk: Any) -> tuple[LossSums, None]:
-        states, *rest = chunk
-        sums = cross_entropy(head(params, states), *rest, dataclasses.replace(settings, z_loss=z_loss))
+        states, targets, weights = chunk
+        sums = cross_entropy(head(params, states), targets, weights, dataclasses.replace(settings, z_loss=z_loss))
         return jax.tree.map(jnp.add, total, sums), None
 
     return jax.lax.scan(one, _no_sums(), (hidden, targets, weights))[0]
@@ -191,8 +191,8 @@ def _chunked(
 def _chunked_fwd(
     head: Any, settings: LossSettings, params: Any, hidden: Any, targets: Any, weights: Any, z_loss: Any
 ) -> tuple[LossSums, Any]:
-    def loss(params: Any, states: jax.Array, *rest: jax.Array) -> tuple[jax.Array, LossSums]:
-        sums = cross_entropy(head(params, states), *rest, dataclasses.replace(settings, z_loss=z_loss))
+    def loss(params: Any, states: Any, targets: Any, weights: Any) -> tuple[jax.Array, LossSums]:
+        sums = cross_entropy(head(params, states), targets, weights, dataclasses.replace(settings, z_loss=z_loss))
         return sums.trained, sums
 
     def one(carry: tuple[LossSums, Any], chunk: Any) -> tuple[tuple[LossSums, Any], jax.Array]:

@@ -107,7 +107,7 @@ def batch_loss(
         hidden, second_logits = cast(Any, call(method="pretraining_inputs"))
         share = _second_task_share(config, batch) if second_task is None else second_task
         auxiliary = cross_entropy(second_logits, *second).cross_entropy * share
-    chunks = number_of_chunks(first.targets.shape, config.vocab_size, settings.chunk)
+    chunks = number_of_chunks(cast(Any, first.targets.shape), config.vocab_size, settings.chunk)
     if chunks == 1:
         sums = cross_entropy(head(params, hidden), *first, settings)
     else:
