@@ -250,13 +250,20 @@ def make_train_step(
         finite = jnp.isfinite(gradient_norms["gradient_norm"]) & jnp.isfinite(sums.cross_entropy)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        done = state.step - state.skipped
-        ema = None if state.ema is None else ema_update(state.ema, params, ema_decay, done)
+        norms = {
+            **gradient_norms,
+            **norm_metrics("parameter_norm", state.params),
+            **norm_metrics("update_norm", updates),
+        }
+        finite &= jnp.isfinite(norms["parameter_norm"]) & jnp.isfinite(norms["update_norm"])
         moves = finite if halt_above is None else finite & (state.skipped <= halt_above)
-        kept = state.params, state.opt_state, state.ema
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(moves, new, old), (params, opt_state, ema), kept
-        )
+        # First the parameters, for which the old moments are read once more, and then those: otherwise XLA would copy
+        # all of the state to have it both before and after. For the same reason all norms come before either.
+        params, moves = jax.lax.optimization_barrier((_if(moves, params, state.params), moves))
+        opt_state = _if(moves, opt_state, state.opt_state)
+        done, ema = state.step - state.skipped, state.ema
+        if ema is not None:
+            ema = _if(moves, ema_update(ema, params, ema_decay, done), ema)
         tokens = jnp.maximum(sums.weight, 1.0)
         metrics = {
             "loss": sums.cross_entropy / tokens,
@@ -266,9 +273,7 @@ def make_train_step(
             "tokens": _real_tokens(batch),
             "learning_rate": schedule(done),
             "finite": finite.astype(jnp.float32),
-            **gradient_norms,
-            **norm_metrics("parameter_norm", state.params),
-            **norm_metrics("update_norm", updates),
+            **norms,
         }
         if model.config.head == "pretraining":
             metrics["next_sentence_loss"] = sums.auxiliary / tokens
@@ -289,6 +294,10 @@ def make_train_step(
             donate_argnums=0,
         ),
     )
+
+
+def _if(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def _real_tokens(batch: Batch) -> jax.Array:
