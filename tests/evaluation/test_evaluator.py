@@ -19,7 +19,7 @@ def eval_step(params: float, batch) -> LossSums:
     """A model that pays `params` nats for every target token and gets the first of each row right."""
     weight = float(batch["decoder_loss_weights"].sum())
     correct = float((batch["decoder_loss_weights"].sum(axis=1) > 0).sum())
-    return LossSums(params * weight, 0.0, correct, weight)  # type: ignore[arg-type]
+    return LossSums(params * weight, 0.0, correct, weight, 0.0)  # type: ignore[arg-type]
 
 
 def test_totals_over_batches_and_padded_rows() -> None:

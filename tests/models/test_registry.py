@@ -25,8 +25,8 @@ def test_presets_by_name() -> None:
         (lambda: preset("t5-smal"), ["'t5-smal'", "did you mean 't5-small'", "byt5-xxl"]),
         (lambda: build("t5_base"), ["'t5_base'", "did you mean 't5-base'"]),
         (lambda: build("t5-small", dtype="bfloat"), ["'bfloat'", "float32, bfloat16", "did you mean 'bfloat16'"]),
-        (lambda: build("t5-small", dtype="float16"), ["'float16'", "float32, bfloat16"]),
-        (lambda: build("t5-small", dtype=jnp.float16), ["'float16'", "float32, bfloat16"]),
+        (lambda: build("t5-small", dtype="float8"), ["'float8'", "float32, bfloat16, float16"]),
+        (lambda: build("t5-small", dtype=jnp.float64), ["'float64'", "float32, bfloat16"]),
         (lambda: build("t5-small", remat="fulll"), ["'fulll'", "none, minimal, full", "did you mean 'full'"]),
     ],
 )
