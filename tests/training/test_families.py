@@ -286,7 +286,7 @@ def test_every_family_learns_the_same_on_a_mesh(name: str, runs: Runs) -> None:
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
     # Sums in another order. Of 30 steps, and 14 families, 3e-6 was the largest seen.
     for metric in spread.metrics.keys() - {"accuracy"}:
-        # AdamW steps as far where a gradient is nothing but rounding: that of the keys' biases, or of what adds the same
+        # AdamW steps as far where a gradient is nothing but rounding: that of the keys' biases, or of what adds as much
         # to the logits of all places of a span. So modules' parameters and updates may differ by any amount.
         if metric.startswith(("update_norm", "parameter_norm/")):
             continue
