@@ -257,21 +257,8 @@ def operations(config: Any, cell: Cell) -> float:
     return 3.0 * (forward + 2 * targets * width * vocab)
 
 
-class Peer:
+class Peer(pairs_of_runs.Peer):
     """transformers and torch."""
-
-    def __init__(self, args: argparse.Namespace):
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-        import torch
-        import transformers
-
-        torch.set_num_threads(args.threads)
-        torch.manual_seed(0)
-        transformers.logging.set_verbosity_error()
-
-    def versions(self) -> dict[str, str]:
-        return {name: metadata.version(name) for name in ("torch", "transformers")}
 
     def prepare(self, cell: Cell) -> tuple[Any, dict[str, Any]]:
         import torch

@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser, action: str) -> None:
         default="greedy,beam4,sample",
         help="greedy, sample, beam2, ... (default greedy,beam4,sample)",
     )
-    parser.add_argument("--dtype", default="float32", help="of everything: float32 or bfloat16 (default float32)")
+    parser.add_argument(
+        "--dtype", default="float32", help="of everything: float32, bfloat16 or float16 (default float32)"
+    )
     parser.add_argument("--mesh", default="", help="such as model:8; default: one device")
     parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts (default 5)")
     parser.add_argument("--json", action="store_true", help="print an object a line")

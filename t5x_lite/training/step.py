@@ -264,19 +264,13 @@ def make_train_step(
         done, ema = state.step - state.skipped, state.ema
         if ema is not None:
             ema = _if(moves, ema_update(ema, params, ema_decay, done), ema)
-        tokens = jnp.maximum(sums.weight, 1.0)
         metrics = {
-            "loss": sums.cross_entropy / tokens,
-            "z_loss": sums.z_loss / tokens,
-            "accuracy": sums.correct / tokens,
-            "target_tokens": sums.weight,
+            **_loss_metrics(model.config, sums),
             "tokens": _real_tokens(batch),
             "learning_rate": schedule(done),
             "finite": finite.astype(jnp.float32),
             **norms,
         }
-        if model.config.head == "pretraining":
-            metrics["next_sentence_loss"] = sums.auxiliary / tokens
         loss_scale = None
         if state.loss_scale is not None:
             metrics["loss_scale"], loss_scale = state.loss_scale.scale, state.loss_scale.next(finite)
@@ -294,6 +288,19 @@ def make_train_step(
             donate_argnums=0,
         ),
     )
+
+
+def _loss_metrics(config: TransformerConfig, sums: LossSums) -> dict[str, jax.Array]:
+    tokens = jnp.maximum(sums.weight, 1.0)
+    metrics = {
+        "loss": sums.cross_entropy / tokens,
+        "z_loss": sums.z_loss / tokens,
+        "accuracy": sums.correct / tokens,
+        "target_tokens": sums.weight,
+    }
+    if config.head == "pretraining":
+        metrics["next_sentence_loss"] = sums.auxiliary / tokens
+    return metrics
 
 
 def _if(condition: jax.Array, new: Any, old: Any) -> Any:
