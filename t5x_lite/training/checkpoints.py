@@ -87,7 +87,7 @@ class Checkpointer:
         except Exception as error:
             self._discard(partial, pending)
             raise self._explained(step, error) from error
-        prints = {name: integrity.fingerprint(array) for name, array in writing.named(items)}
+        prints = integrity.fingerprints(dict(writing.named(items)))
         self._thread = threading.Thread(
             target=self._finish, args=(step, partial, list(items), pending, prints, loss), name="save", daemon=True
         )
@@ -162,7 +162,7 @@ class Checkpointer:
         partial: Path,
         items: list[str],
         pending: list[Any],
-        prints: dict[str, jax.Array],
+        prints: dict[str, int],
         loss: float | None,
     ) -> None:
         agreement = self._agreement
@@ -171,10 +171,9 @@ class Checkpointer:
             agreement.together("written", lambda: writing.wait_for(pending, self._limit))
             pending.clear()  # they hold the state that was saved
             writing.give_back_memory()
-            fingerprints = {name: int(value) for name, value in prints.items()}
-            record = Record(time.time(), loss, fingerprints)
+            record = Record(time.time(), loss, prints)
             agreement.first("merged", lambda: writing.complete(partial, items, record))
-            found = agreement.together("read back", lambda: writing.check_written(partial, fingerprints, mine))
+            found = agreement.together("read back", lambda: writing.check_written(partial, prints, mine))
             sums = {name: digest for part in found for name, digest in part.items()}
             agreement.first("kept", lambda: self._keep_it(step, partial, dict(sorted(sums.items()))))
         except BaseException as error:  # whatever it is, `wait` must not return as if all were saved
@@ -281,9 +280,9 @@ def save_params(path: Path, params: Any) -> None:
     items = {"params": params}
     writing.make_directories(partial, items)
     writing.wait_for(writing.start_writing(partial, items), None)
-    fingerprints = {name: int(integrity.fingerprint(array)) for name, array in writing.named(items)}
-    writing.complete(partial, list(items), Record(time.time(), None, fingerprints))
-    integrity.seal(partial, writing.check_written(partial, fingerprints, (0, 1)))
+    prints = integrity.fingerprints(dict(writing.named(items)))
+    writing.complete(partial, list(items), Record(time.time(), None, prints))
+    integrity.seal(partial, writing.check_written(partial, prints, (0, 1)))
     partial.rename(path)
 
 
@@ -347,9 +346,9 @@ def _read_together(path: Path, items: dict[str, Any], agreement: Agreement | Non
         sealed, notes = agreement.together("checked", check)[0]
         agreement.together("restored", restore)
     # Where nothing can fail in one process alone: these are computations of all.
-    prints = {name: integrity.fingerprint(array) for name, array in writing.named(restored) if name in expected}
+    prints = integrity.fingerprints({name: array for name, array in writing.named(restored) if name in expected})
     for name, value in prints.items():
-        if int(value) != expected[name]:
+        if value != expected[name]:
             raise RuntimeError(f"{name} of checkpoint {path} is not what was saved once it is in memory")
     return restored, notes
 

@@ -36,14 +36,19 @@ class UnreadableCheckpoint(Exception):
     """A checkpoint directory that cannot be restored; the message says why, in one line."""
 
 
-def fingerprint(x: Any) -> jax.Array:
-    """Returns the fingerprint of an array, uint32, computed where it lies; does not wait for it.
+def fingerprints(arrays: dict[str, Any]) -> dict[str, int]:
+    """Returns the fingerprint of each array, below 2**32, computed where the arrays lie.
 
-    In several processes it is a computation of all of them, as any other on a global array.
+    In several processes it is a computation of all of them, as any other on a global array. One array after the other:
+    in one program they would take more memory at once, and many programs in flight that each reduce over groups of
+    devices can, on the CPU, wait for each other until XLA ends the process.
     """
+    return {name: int(_on_devices(_replicated(x))(x)) for name, x in arrays.items()}
+
+
+def _replicated(x: Any) -> NamedSharding | None:
     layout = x.sharding if isinstance(x, jax.Array) else None
-    whole = NamedSharding(layout.mesh, PartitionSpec()) if isinstance(layout, NamedSharding) else None
-    return _on_devices(whole)(x)
+    return NamedSharding(layout.mesh, PartitionSpec()) if isinstance(layout, NamedSharding) else None
 
 
 @functools.cache

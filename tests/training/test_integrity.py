@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite import sharding
 from t5x_lite.training import integrity
-from t5x_lite.training.integrity import Findings, compare, digests, fingerprint, part_of_fingerprint, seal
+from t5x_lite.training.integrity import Findings, compare, digests, fingerprints, part_of_fingerprint, seal
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 6, 2), (1, 40_000), (70_000, 1), (3, 1, 20_000)]
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool"]
@@ -29,13 +29,13 @@ def whole(values: np.ndarray) -> int:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_devices_and_host_agree(shape: tuple[int, ...]) -> None:
     values = draw(shape)
-    assert int(fingerprint(jnp.asarray(values))) == whole(values)
+    assert fingerprints({"x": jnp.asarray(values)}) == {"x": whole(values)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_devices_and_host_agree_in_every_dtype(dtype: str) -> None:
     values = draw((5, 6), dtype)
-    assert int(fingerprint(jnp.asarray(values))) == whole(values)
+    assert fingerprints({"x": jnp.asarray(values)}) == {"x": whole(values)}
 
 
 def test_eight_bytes_count_as_two_halves() -> None:
@@ -51,7 +51,16 @@ def test_eight_bytes_count_as_two_halves() -> None:
 def test_the_layout_has_no_part_in_it(mesh: str) -> None:
     values = draw((16, 24))
     layout = NamedSharding(sharding.make_mesh(mesh), PartitionSpec("fsdp", "model"))
-    assert int(fingerprint(jax.device_put(values, layout))) == whole(values)
+    assert fingerprints({"x": jax.device_put(values, layout)}) == {"x": whole(values)}
+
+
+def test_many_arrays_of_a_mesh_at_once() -> None:
+    # As many programs, each reducing over groups of devices, would wait for each other until XLA ended the process.
+    mesh = sharding.make_mesh("data:2,fsdp:2,model:2")
+    specs = [PartitionSpec("fsdp"), PartitionSpec(None, "model"), PartitionSpec("fsdp", "model"), PartitionSpec("data")]
+    values = {f"{n}": draw((8 * (n % 7 + 1), 16)) for n in range(60)}
+    arrays = {name: jax.device_put(x, NamedSharding(mesh, specs[int(name) % 4])) for name, x in values.items()}
+    assert fingerprints(arrays) == {name: whole(x) for name, x in values.items()}
 
 
 def test_parts_add_up() -> None:
