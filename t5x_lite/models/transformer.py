@@ -271,7 +271,7 @@ class Transformer(nn.Module):
         if cache is None:
             self._check_length(batch, "decoder")
             segments = decoder_segments(batch, cfg.pad_id)
-            mask = Mask(segments, segments, steps)
+            mask = Mask(segments, segments, steps, in_order=True)
             positions, start = _positions(batch, "decoder", segments), None
         else:
             segments = batch.get("decoder_segment_ids", jnp.ones_like(tokens))

@@ -29,6 +29,8 @@ class Mask:
       visible: bool `[1 or B, T, S]`, which takes the place of segments and causality. Positions then only serve the
         window.
       key_positions: int32 `[1 or B, S]`; None: key s stands at position s.
+      in_order: whether the queries are the keys' own tokens and `query_positions` count them, which spares computing
+        what lies ahead of them.
     """
 
     query_segments: jax.Array
@@ -37,6 +39,7 @@ class Mask:
     window: jax.Array | int | None = None
     visible: jax.Array | None = None
     key_positions: jax.Array | None = None
+    in_order: bool = struct.field(pytree_node=False, default=False)
 
     def allowed(self) -> jax.Array:
         """Returns bool `[B, 1, T, S]`: True where the query may see the key."""
@@ -200,7 +203,7 @@ def whole_attention(
     elif rate:
         seeds = jax.random.bits(cast(jax.Array, key), (b, h, t, 2), jnp.uint32)
     return row_attention(
-        Rules(causal=mask.query_positions is not None, rate=rate),
+        Rules(causal=mask.query_positions is not None, in_order=mask.in_order and bias is None, rate=rate),
         Queries(query, mask.query_segments, places(mask.query_positions, t), seeds),
         Keys(keys_values.key, keys_values.value, mask.key_segments, places(mask.key_positions, s), factors),
         bias,

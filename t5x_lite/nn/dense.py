@@ -130,9 +130,9 @@ def _product_bwd(axis: int, dtype: Any, factors: Any, dy: jax.Array) -> tuple[ja
     x, kernel = factors
     dy = dy.astype(x.dtype)
     dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1 - axis,)), ((), ())), preferred_element_type=x.dtype)
-    rows = tuple(range(x.ndim - 1))
-    left, right = (x, dy) if axis == 0 else (dy, x)
-    d_kernel = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    left, right = (y.reshape(-1, y.shape[-1]) for y in ((x, dy) if axis == 0 else (dy, x)))
+    left = jax.lax.optimization_barrier(left)
+    d_kernel = jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype)
     return dx, d_kernel
 
 

@@ -2,7 +2,8 @@
 
 The forward pass keeps the largest logit and the sum of the softmax of each query, and the backward pass computes the
 logits again (Rabe and Staats 2021; Dao et al. 2022). A CPU takes a row of the batch at a time and, of long ones, a
-block of queries: what it works on then stays in its cache. An accelerator takes as many rows as keep it busy.
+block of queries: what it works on then stays in its cache. An accelerator takes as many rows as keep it busy. Where
+queries and keys are the same tokens in order, a quarter of the queries only meets the keys up to its end.
 """
 
 import dataclasses
@@ -29,6 +30,10 @@ ATTENDED = "attended"
 
 # Logits at a time: on a CPU what its caches hold, on an accelerator what keeps it busy (256 MiB of float32).
 _ON_CPU, _ON_ACCELERATOR = 2**21, 2**26
+
+# Of queries in order: into how many parts they are divided, and from which length on. Of the logits 3 / 8 are left out;
+# more parts would leave out little more, and compile longer.
+_PARTS, _LONG = 4, 256
 
 
 @struct.dataclass
@@ -74,10 +79,13 @@ class Rules:
 
     Attributes:
       causal: whether a query sees keys up to its own position only.
+      in_order: whether, besides, query t and key t both have position t. A query that may look at nothing then attends
+        evenly to some of the keys.
       rate: share of the weights that `Queries.seeds` drop.
     """
 
     causal: bool = False
+    in_order: bool = False
     rate: float = 0.0
 
 
@@ -117,7 +125,11 @@ def row_attention(
         return PartitionSpec(*(rule if fits else None for rule, fits in zip(rules, divides, strict=True)))
 
     def on_device(queries: Queries, keys: Keys, bias: Any, window: Any) -> jax.Array:
-        return _local(rules, queries, _whole_length(keys) if gathered else keys, bias, window)
+        if gathered:
+            keys, here = _whole_length(keys), dataclasses.replace(rules, in_order=False)
+        else:
+            here = rules
+        return _local(here, queries, keys, bias, window)
 
     out = spec(queries.query, "batch", "length", "heads", "head_dim")
     of_queries = Queries(
@@ -164,23 +176,36 @@ def _local(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a batch is divided: so many rows at a time, their queries in so many blocks."""
+    """How a batch is divided.
+
+    Attributes:
+      rows: how many at a time.
+      parts: of their queries, each with the first query, the one after the last, and the key after the last it needs.
+      blocks: of each part.
+    """
 
     rows: int
+    parts: tuple[tuple[int, int, int], ...]
     blocks: int
 
 
-def _plan(queries: Queries, keys: Keys, most: int) -> _Plan:
+def _plan(rules: Rules, queries: Queries, keys: Keys, most: int) -> _Plan:
     b, h, t, _ = queries.query.shape
-    row = h * t * keys.segments.shape[1]
+    s = keys.segments.shape[1]
+    parts: tuple[tuple[int, int, int], ...] = ((0, t, s),)
+    if rules.in_order and t >= _LONG:
+        size = -(-t // _PARTS)
+        parts = tuple((start, min(start + size, t), min(start + size, t)) for start in range(0, t, size))
+    row = h * parts[0][1] * s
     if row > most:
-        return _Plan(1, min(math.ceil(row / most), t))
-    return _Plan(max(rows for rows in range(1, b + 1) if b % rows == 0 and (rows * row <= most or rows == 1)), 1)
+        return _Plan(1, parts, min(math.ceil(row / most), parts[0][1]))
+    rows = max(rows for rows in range(1, b + 1) if b % rows == 0 and (rows * row <= most or rows == 1))
+    return _Plan(rows, parts, 1)
 
 
-def _planned(function: Callable[..., Any], queries: Queries, keys: Keys, *rest: Any) -> Any:
+def _planned(rules: Rules, function: Callable[..., Any], queries: Queries, keys: Keys, *rest: Any) -> Any:
     """Returns `function(plan, queries, keys, *rest)`, by the plan of the platform that it is compiled for."""
-    cpu, default = (_plan(queries, keys, most) for most in (_ON_CPU, _ON_ACCELERATOR))
+    cpu, default = (_plan(rules, queries, keys, most) for most in (_ON_CPU, _ON_ACCELERATOR))
     if cpu == default:
         return function(cpu, queries, keys, *rest)
     return jax.lax.platform_dependent(
@@ -204,11 +229,20 @@ def _rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
+def _length_axis(x: jax.Array) -> int:
+    return min(x.ndim - 1, 2)  # of `[B, T]` it is 1, of all else 2
+
+
+def _cut(tree: Any, start: int, end: int) -> Any:
+    """Returns the tokens from `start` to `end`."""
+    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, end, axis=_length_axis(x)), tree)
+
+
 def _split(tree: Any, blocks: int) -> Any:
-    """Splits T, the axis 1 of `[B, T]` and 2 of all else, into blocks that lead; the last is filled up with zeros."""
+    """Splits the length into blocks that lead; the last is filled up with zeros."""
 
     def leaf(x: jax.Array) -> jax.Array:
-        axis = min(x.ndim - 1, 2)
+        axis = _length_axis(x)
         size = -(-x.shape[axis] // blocks)
         fill = [(0, 0)] * x.ndim
         fill[axis] = (0, blocks * size - x.shape[axis])
@@ -238,20 +272,25 @@ def _attend(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) 
     """Returns the result, and of the softmax of each query the largest logit and the sum, float32 `[B, H, T]`."""
 
     def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any) -> Any:
-        queries, keys = _together(queries, keys)
         bias = _split(bias, plan.blocks)
 
         def rows(group: tuple[Queries, Keys]) -> Any:
-            def block(part: tuple[Queries, Any]) -> Any:
-                forward = partial(_forward, rules, bias=None if part[1] is None else part[1][0], window=window)
-                return jax.vmap(forward)(part[0], group[1])
+            def attend(start: int, end: int, needed: int) -> Any:
+                keys = _cut(group[1], 0, needed)
 
-            parts = _split(group[0], plan.blocks), bias
-            return _merged(jax.lax.map(block, parts), queries.query.shape[2])
+                def block(part: tuple[Queries, Any]) -> Any:
+                    forward = partial(_forward, rules, bias=None if part[1] is None else part[1][0], window=window)
+                    return jax.vmap(forward)(part[0], keys)
 
-        return _rows(jax.lax.map(rows, _groups((queries, keys), plan.rows)))
+                parts = _split(_cut(group[0], start, end), plan.blocks), bias
+                return _merged(jax.lax.map(block, parts), end - start)
 
-    return _planned(run, queries, keys, bias, window)
+            found = [attend(*part) for part in plan.parts]
+            return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *found)
+
+        return _rows(jax.lax.map(rows, _groups(_together(queries, keys), plan.rows)))
+
+    return _planned(rules, run, queries, keys, bias, window)
 
 
 def _attention_fwd(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> tuple[jax.Array, Any]:
@@ -268,19 +307,28 @@ def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]
         bias = None if bias is None else jnp.swapaxes(_split(bias, plan.blocks)[:, 0], 2, 3)
 
         def rows(d_bias: Any, group: tuple[Queries, Keys, tuple[jax.Array, ...]]) -> Any:
-            queries, keys, softmax = group
+            def pull(d_bias: Any, start: int, end: int, needed: int) -> Any:
+                keys = _cut(group[1], 0, needed)
 
-            def block(d_keys: Any, part: Any) -> Any:
-                (queries, softmax), bias, d_bias = part
-                backward = partial(_backward, rules, bias=bias, window=window)
-                d_query, d_logits, *more = jax.vmap(backward)(queries, keys, softmax)
-                d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
-                return jax.tree.map(jnp.add, d_keys, more), (d_query, d_bias)
+                def block(d_keys: Any, part: Any) -> Any:
+                    (queries, softmax), bias, d_bias = part
+                    backward = partial(_backward, rules, bias=bias, window=window)
+                    d_query, d_logits, *more = jax.vmap(backward)(queries, keys, softmax)
+                    d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
+                    return jax.tree.map(jnp.add, d_keys, more), (d_query, d_bias)
 
-            zeros = [jnp.zeros(x.shape, jnp.float32) for x in (keys.key, keys.value)]
-            parts = _split((queries, softmax), plan.blocks), bias, d_bias
-            d_keys, (d_query, d_bias) = _scan(block, zeros, parts, plan.blocks)
-            return d_bias, (_merged(d_query, softmax[0].shape[2]), *d_keys)
+                zeros = [jnp.zeros(x.shape, jnp.float32) for x in (keys.key, keys.value)]
+                parts = _split(_cut((group[0], group[2]), start, end), plan.blocks), bias, d_bias
+                d_keys, (d_query, d_bias) = _scan(block, zeros, parts, plan.blocks)
+                rest = [(0, 0), (0, 0), (0, group[1].key.shape[2] - needed), (0, 0)]
+                return d_bias, _merged(d_query, end - start), [jnp.pad(x, rest) for x in d_keys]
+
+            d_queries, d_keys = list[Any](), list[Any]()
+            for part in plan.parts:
+                d_bias, d_query, d_key_value = pull(d_bias, *part)
+                d_queries.append(d_query)
+                d_keys.append(d_key_value)
+            return d_bias, (jnp.concatenate(d_queries, axis=2), *(sum(x[1:], x[0]) for x in zip(*d_keys, strict=True)))
 
         d_bias = None if bias is None else jnp.zeros_like(bias)
         d_bias, gradients = jax.lax.scan(rows, d_bias, _groups((queries, keys, softmax), plan.rows))
@@ -289,7 +337,7 @@ def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]
         d_query, d_key, d_value = _rows(gradients)
         return d_query.astype(queries.query.dtype), *(x.astype(keys.key.dtype) for x in (d_key, d_value)), d_bias
 
-    d_query, d_key, d_value, d_bias = _planned(run, queries, keys, bias, window, *softmax, d_out)
+    d_query, d_key, d_value, d_bias = _planned(rules, run, queries, keys, bias, window, *softmax, d_out)
     nothing: Any = None
     d_queries = Queries(d_query, nothing, nothing, nothing)
     return d_queries, Keys(d_key, d_value, nothing, nothing, nothing), d_bias, None
