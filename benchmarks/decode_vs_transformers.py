@@ -28,7 +28,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -194,7 +194,9 @@ class Process:
 
     script, options = __file__, ("input_length", "new_tokens", "threads")
 
-    def __init__(self, python: str, worker: str, args: argparse.Namespace):
+    def __init__(
+        self, python: str, worker: str, args: argparse.Namespace, environment: Mapping[str, str] | None = None
+    ):
         words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in self.options]
         offline = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         self._worker = worker
@@ -203,7 +205,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | offline,
+            env=os.environ | offline | (environment or {}),
         )
         self.versions = self.ask("versions")
 

@@ -340,7 +340,8 @@ def fill_disk(run: Run, rng: random.Random) -> Report:
 def lose_data(run: Run, rng: random.Random) -> Report:
     kill_all(run, rng)
     kept = run.folder / "elsewhere.txt"
-    truncated = rng.random() < 0.5
+    # Before there is a checkpoint nothing is continued: with other data it would be another run, from its start.
+    truncated = rng.random() < 0.5 and bool(run.saved())
     shutil.copy2(run.data, kept)
     os.truncate(run.data, run.data.stat().st_size // 2) if truncated else run.data.unlink()
     run.start()

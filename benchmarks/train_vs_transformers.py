@@ -16,7 +16,9 @@ times those of the forward pass, attention counted whole, nothing for what is co
 
 Both use the same cores, float32, the same batch sizes and lengths, no padding, AdamW with the same settings, and the
 same dropout rate, each the way it does dropout: T5's is shared along the length in t5x_lite, as T5X has it, and not in
-transformers. The peer runs in eager mode, with its default (fused) attention where it has one for the model.
+transformers. The peer runs in eager mode, with its default (fused) attention where it has one for the model. Ours has
+what `t5x-lite train` gives a run on a CPU: memory in large pages, which `--large-pages=both` gives the peer too and
+`--large-pages=neither` takes away, and logits in as many chunks as a device holds well.
 """
 
 import argparse
@@ -72,6 +74,7 @@ def main() -> int:
         "--patience", type=float, default=120, help="seconds that a cell waits for idleness (default 120)"
     )
     parser.add_argument("--threads", type=int, default=2, help="cores that both use, in turn (default 2)")
+    parser.add_argument("--large-pages", choices=("ours", "both", "neither"), default="ours", help="default: ours")
     parser.add_argument("--quick", action="store_true", help="one row of 16 tokens, 2 rounds: does it run?")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
@@ -93,7 +96,11 @@ def main() -> int:
         parser.error(f"--peer-python must be the interpreter of the peer's environment, not {args.peer_python}")
     if args.quick:
         args.rounds, args.patience = 2, 0.0
-    ours, peer = Process(sys.executable, "ours", args), Process(args.peer_python, "peer", args)
+    from t5x_lite import large_pages  # which the peer's environment has not
+
+    pages = large_pages.environment()
+    ours = Process(sys.executable, "ours", args, pages if args.large_pages != "neither" else None)
+    peer = Process(args.peer_python, "peer", args, pages if args.large_pages == "both" else None)
     for cell in CELLS:
         if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns):
             print(json.dumps(compare(cell, ours, peer, args)), flush=True)
@@ -127,6 +134,7 @@ def compare(cell: Cell, ours: Process, peer: Process, args: argparse.Namespace) 
     pairs = sorted(pairs, key=lambda pair: pair[0])[: args.rounds]
     ratios = [theirs[0] / mine[0] for _, (mine, theirs) in pairs]
     lines = {"benchmark": "train_vs_transformers", "cell": cell.name, **vars(cell), "rounds": args.rounds}
+    lines["large_pages"] = args.large_pages
     lines |= {"ratio": round(median(ratios), 3), "ratio_min": round(min(ratios), 3), "ratio_max": round(max(ratios), 3)}
     for side, name in enumerate(("", "other_")):
         seconds, cpu = (median(steps[side][index] for _, steps in pairs) for index in (0, 1))
@@ -199,6 +207,7 @@ class Ours:
 
         from t5x_lite.models import build, preset
         from t5x_lite.sharding import make_mesh, put_batch
+        from t5x_lite.training.losses import LossSettings
         from t5x_lite.training.optimizers import make_optimizer
         from t5x_lite.training.state import init_state
         from t5x_lite.training.step import make_train_step
@@ -211,7 +220,8 @@ class Ours:
         model, mesh = build(config), make_mesh()
         tx = make_optimizer("adamw", LEARNING_RATE, model.logical_axes(), weight_decay=WEIGHT_DECAY)
         state = init_state(model, tx, mesh, seed=0)
-        step = make_train_step(model, tx, optax.constant_schedule(LEARNING_RATE), mesh, state)
+        schedule, loss = optax.constant_schedule(LEARNING_RATE), LossSettings(chunk=None)
+        step = make_train_step(model, tx, schedule, mesh, state, loss=loss)
         rng = np.random.default_rng(0)
 
         def tokens(length: int) -> np.ndarray:
