@@ -130,9 +130,14 @@ def _product_bwd(axis: int, dtype: Any, factors: Any, dy: jax.Array) -> tuple[ja
     x, kernel = factors
     dy = dy.astype(x.dtype)
     dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1 - axis,)), ((), ())), preferred_element_type=x.dtype)
-    left, right = (y.reshape(-1, y.shape[-1]) for y in ((x, dy) if axis == 0 else (dy, x)))
-    left = jax.lax.optimization_barrier(left)
-    d_kernel = jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype)
+    left, right = (x, dy) if axis == 0 else (dy, x)
+    if jax.sharding.get_abstract_mesh().size <= 1:  # to join axes that a mesh divides it would have to gather them
+        # A matrix behind a barrier: otherwise XLA's CPU compiler transposes the left factor first, and slowly, since it
+        # does so number by number, along with whatever was computed last.
+        left, right = (y.reshape(-1, y.shape[-1]) for y in (left, right))
+        left = jax.lax.platform_dependent(left, cpu=jax.lax.optimization_barrier, default=lambda left: left)
+    rows = tuple(range(left.ndim - 1))
+    d_kernel = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
     return dx, d_kernel
 
 

@@ -26,7 +26,23 @@ CASES: dict[str, dict[str, Any]] = {
     "shared dropout with groups and a bias": {"bias": True, "rate": 0.3, "G": 2},
     "dropout of each weight": {"causal": True, "rate": 0.3, "shared": False, "bias": True},
     "dropout of each weight with groups": {"rate": 0.3, "shared": False, "G": 2},
+    "in order, with groups": {"causal": True, "in_order": True, "G": 2},
+    "in order, windows, dropout of each weight": {
+        "causal": True,
+        "in_order": True,
+        "window": 3,
+        "rate": 0.3,
+        "shared": False,
+    },
+    "in order, shared dropout": {"causal": True, "in_order": True, "rate": 0.3},
+    "in order, a bias": {"causal": True, "in_order": True, "bias": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def eight_tokens_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divides queries in order into parts of two."""
+    monkeypatch.setattr(row_attention, "_LONG", T)
 
 
 def segments(rng: np.random.Generator, length: int) -> jax.Array:
@@ -41,6 +57,7 @@ def call(
     G: int = H,
     bias: bool = False,
     causal: bool = False,
+    in_order: bool = False,
     window: int | None = None,
     rate: float = 0.0,
     shared: bool = True,
@@ -54,7 +71,10 @@ def call(
         return jnp.asarray(rng.normal(size=shape), dtype)
 
     own = segments(rng, T)
-    mask = Mask(own, segments(rng, S) if S else own, jnp.arange(T)[None] if causal else None, window)
+    if in_order:
+        own = jnp.maximum(own, 1)  # what padding attends to is another then
+    places = jnp.arange(T)[None] if causal else None
+    mask = Mask(own, segments(rng, S) if S else own, places, window, in_order=in_order)
     arguments = [normal(B, T, H, K), normal(B, G, s, K), normal(B, G, s, K)]
     if bias:
         arguments.append(normal(1, H, T, s).astype(jnp.float32))
@@ -134,6 +154,17 @@ def test_no_array_holds_the_logits_of_all_rows(monkeypatch: pytest.MonkeyPatch) 
 
     assert has_all(reference)
     assert not has_all(rows)
+
+
+def test_what_lies_ahead_is_not_computed() -> None:
+    def operations(**case: Any) -> float:
+        _, rows, arguments = call(causal=True, **case)
+        gradient = jax.grad(lambda *x: jnp.sum(rows(*x)), argnums=(0, 1, 2))
+        analysis: Any = jax.jit(gradient).lower(*arguments).cost_analysis()
+        return analysis["flops"]
+
+    # Of four parts the first needs a quarter of the keys, the second a half, ...: 5 / 8, and a little to put together.
+    assert operations(in_order=True) < 0.7 * operations()
 
 
 def test_rows_that_see_nothing_attend_evenly() -> None:
