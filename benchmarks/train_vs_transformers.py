@@ -6,8 +6,8 @@
 Two processes, one for each library, hold the same shapes with random weights, an optimizer and a batch, and wait; this
 one lets them make a step in turn, A B, B A, A B, ..., so that whatever else the machine does meets both. As in
 `decode_vs_transformers.py`, every turn waits until the machine is idle, and the pairs that count are those during which
-other processes used the least; `others_cores` tells how much. As steps of a training follow each other, a turn is two of
-them, and the second is the one that counts.
+other processes used the least; `others_cores` tells how much. As the steps of a training follow each other, a turn is
+two of them, and the second is the one that counts.
 
 A line of JSON per cell: the median of the paired ratios (above 1: t5x_lite trains on more tokens per second), the least
 and the greatest of them, the median tokens per second of each (of encoder and decoder), and the seconds of the
