@@ -125,11 +125,7 @@ def row_attention(
         return PartitionSpec(*(rule if fits else None for rule, fits in zip(rules, divides, strict=True)))
 
     def on_device(queries: Queries, keys: Keys, bias: Any, window: Any) -> jax.Array:
-        if gathered:
-            keys, here = _whole_length(keys), dataclasses.replace(rules, in_order=False)
-        else:
-            here = rules
-        return _local(here, queries, keys, bias, window)
+        return _local(here, queries, _whole_length(keys) if gathered else keys, bias, window)
 
     out = spec(queries.query, "batch", "length", "heads", "head_dim")
     of_queries = Queries(
@@ -146,6 +142,7 @@ def row_attention(
         factors=cast(Any, spec(keys.factors, "batch", "heads", "features")),
     )
     gathered = axis_size(mesh, cast(Any, of_keys.segments)[1]) > 1
+    here = dataclasses.replace(rules, in_order=rules.in_order and not gathered)
     specs = (of_queries, of_keys, spec(bias, "features", "heads", "length", "features"), PartitionSpec())
     if window is None:
         specs = (*specs[:3], None)
@@ -195,7 +192,7 @@ def _plan(rules: Rules, queries: Queries, keys: Keys, most: int) -> _Plan:
     parts: tuple[tuple[int, int, int], ...] = ((0, t, s),)
     if rules.in_order and t >= _LONG:
         size = -(-t // _PARTS)
-        parts = tuple((start, min(start + size, t), min(start + size, t)) for start in range(0, t, size))
+        parts = tuple((start, (end := min(start + size, t)), end) for start in range(0, t, size))
     row = h * parts[0][1] * s
     if row > most:
         return _Plan(1, parts, min(math.ceil(row / most), parts[0][1]))

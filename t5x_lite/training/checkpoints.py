@@ -84,10 +84,10 @@ class Checkpointer:
             self._agreement.together("room", lambda: self._check_room(step, items))
             self._agreement.first("prepared", lambda: writing.make_directories(partial, items))
             self._agreement.together("copied", lambda: pending.extend(writing.start_writing(partial, items)))
+            prints = integrity.fingerprints(dict(writing.named(items)))
         except Exception as error:
             self._discard(partial, pending)
             raise self._explained(step, error) from error
-        prints = integrity.fingerprints(dict(writing.named(items)))
         self._thread = threading.Thread(
             target=self._finish, args=(step, partial, list(items), pending, prints, loss), name="save", daemon=True
         )
