@@ -216,14 +216,19 @@ def _together(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
     return cast(tuple[Queries, Keys], jax.lax.optimization_barrier((queries, keys)))
 
 
-def _groups(tree: Any, rows: int) -> Any:
-    """Splits the axis B into `[B / rows, rows]`."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // rows, rows, *x.shape[1:]), tree)
+def _by_rows(function: Callable[..., Any], carry: Any, tree: Any, rows: int) -> tuple[Any, Any]:
+    """Scans `function(carry, some rows of the tree)`, and puts its results together, `[B, ...]`.
 
+    The rows are cut out inside the loop: had they an axis of their own, of one row a time, XLA's CPU compiler would give
+    that axis another place in memory, and copy everything.
+    """
 
-def _rows(tree: Any) -> Any:
-    """Undoes `_groups`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    def some(carry: Any, start: jax.Array) -> tuple[Any, Any]:
+        return function(carry, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows), tree))
+
+    starts = jnp.arange(0, jax.tree.leaves(tree)[0].shape[0], rows)
+    carry, out = jax.lax.scan(some, carry, starts)
+    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
 def _length_axis(x: jax.Array) -> int:
@@ -271,7 +276,7 @@ def _attend(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) 
     def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any) -> Any:
         bias = _split(bias, plan.blocks)
 
-        def rows(group: tuple[Queries, Keys]) -> Any:
+        def some(_: None, group: tuple[Queries, Keys]) -> Any:
             def attend(start: int, end: int, needed: int) -> Any:
                 keys = _cut(group[1], 0, needed)
 
@@ -283,9 +288,9 @@ def _attend(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) 
                 return _merged(jax.lax.map(block, parts), end - start)
 
             found = [attend(*part) for part in plan.parts]
-            return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *found)
+            return None, jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *found)
 
-        return _rows(jax.lax.map(rows, _groups(_together(queries, keys), plan.rows)))
+        return _by_rows(some, None, _together(queries, keys), plan.rows)[1]
 
     return _planned(rules, run, queries, keys, bias, window)
 
@@ -296,21 +301,28 @@ def _attention_fwd(rules: Rules, queries: Queries, keys: Keys, bias: Any, window
 
 
 def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
-    queries, keys, bias, window, softmax = kept
+    queries, keys, bias, window, (out, top, total) = kept
+    d_out = d_out.astype(jnp.float32)
+    # Of all queries at once: within the loop XLA's CPU compiler would join it to a product, which slows that down.
+    along = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)
+    narrow = queries.query.dtype != jnp.float32
+    if not narrow:
+        d_out, along = d_out / total[..., None], along / total
+    pull = _Pull(d_out.astype(queries.query.dtype), along, top, total if narrow else None)
 
-    def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any, *softmax: jax.Array) -> Any:
+    def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any, pull: _Pull) -> Any:
         queries, keys = _together(queries, keys)
         # As the logits are here, the bias and its gradient, a sum over rows, have the keys before the queries.
         bias = None if bias is None else jnp.swapaxes(_split(bias, plan.blocks)[:, 0], 2, 3)
 
-        def rows(d_bias: Any, group: tuple[Queries, Keys, tuple[jax.Array, ...]]) -> Any:
-            def pull(d_bias: Any, start: int, end: int, needed: int) -> Any:
+        def some(d_bias: Any, group: tuple[Queries, Keys, _Pull]) -> Any:
+            def back(d_bias: Any, start: int, end: int, needed: int) -> Any:
                 keys = _cut(group[1], 0, needed)
 
                 def block(d_keys: Any, part: Any) -> Any:
-                    (queries, softmax), bias, d_bias = part
+                    (queries, pull), bias, d_bias = part
                     backward = partial(_backward, rules, bias=bias, window=window)
-                    d_query, d_logits, *more = jax.vmap(backward)(queries, keys, softmax)
+                    d_query, d_logits, *more = jax.vmap(backward)(queries, keys, pull)
                     d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
                     return jax.tree.map(jnp.add, d_keys, more), (d_query, d_bias)
 
@@ -322,19 +334,18 @@ def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]
 
             d_queries, d_keys = list[Any](), list[Any]()
             for part in plan.parts:
-                d_bias, d_query, d_key_value = pull(d_bias, *part)
+                d_bias, d_query, d_key_value = back(d_bias, *part)
                 d_queries.append(d_query)
                 d_keys.append(d_key_value)
             return d_bias, (jnp.concatenate(d_queries, axis=2), *(sum(x[1:], x[0]) for x in zip(*d_keys, strict=True)))
 
         d_bias = None if bias is None else jnp.zeros_like(bias)
-        d_bias, gradients = jax.lax.scan(rows, d_bias, _groups((queries, keys, softmax), plan.rows))
+        d_bias, (d_query, d_key, d_value) = _by_rows(some, d_bias, (queries, keys, pull), plan.rows)
         if d_bias is not None:
-            d_bias = _merged(jnp.swapaxes(d_bias, 2, 3)[:, None], softmax[0].shape[2])
-        d_query, d_key, d_value = _rows(gradients)
+            d_bias = _merged(jnp.swapaxes(d_bias, 2, 3)[:, None], pull.top.shape[2])
         return d_query.astype(queries.query.dtype), *(x.astype(keys.key.dtype) for x in (d_key, d_value)), d_bias
 
-    d_query, d_key, d_value, d_bias = _planned(rules, run, queries, keys, bias, window, *softmax, d_out)
+    d_query, d_key, d_value, d_bias = _planned(rules, run, queries, keys, bias, window, pull)
     nothing: Any = None
     d_queries = Queries(d_query, nothing, nothing, nothing)
     return d_queries, Keys(d_key, d_value, nothing, nothing, nothing), d_bias, None
@@ -406,32 +417,48 @@ def _forward(rules: Rules, queries: Queries, keys: Keys, *, bias: Any, window: A
     return out.astype(query.dtype), top, total
 
 
-def _backward(
-    rules: Rules, queries: Queries, keys: Keys, softmax: tuple[jax.Array, ...], *, bias: Any, window: Any
-) -> tuple[jax.Array, ...]:
+@struct.dataclass
+class _Pull:
+    """What the backward pass knows of each query.
+
+    The gradient of the weights is multiplied by the weights, and either of them divided by the sum of the softmax: the
+    gradient, which is smaller before it becomes one, unless it is narrow and would be rounded once more.
+
+    Attributes:
+      d_out: the gradient of the result, `[B, H, T, K]`, divided if it is float32.
+      along: float32 `[B, H, T]`, the product of the result and `d_out`.
+      top: float32 `[B, H, T]`, the largest logit.
+      total: float32 `[B, H, T]`, the sum, if the weights are yet to be divided; else None.
+    """
+
+    d_out: jax.Array
+    along: jax.Array
+    top: jax.Array
+    total: jax.Array | None
+
+
+def _backward(rules: Rules, queries: Queries, keys: Keys, pull: _Pull, *, bias: Any, window: Any) -> tuple[Any, ...]:
     """Returns gradients: of queries, of logits `[H, S, T]`, of keys and values.
 
     Logits have the keys first here. Of the five products one then sums over the first axis of a factor, with the
     queries first it would be three, and that is what a CPU is slow at.
     """
-    query = queries.query
+    query, d_out = queries.query, pull.d_out
     heads, groups = query.shape[0], keys.key.shape[0]
-    out, top, total, d_out = softmax
     key, value, factors = _per_head(keys, heads)
     allowed = _allowed(rules, queries, keys, window, query_axis=1)
     logits = _product(key, query, 2, 2)
     logits = logits if bias is None else logits + bias
-    # What fills a block up has a sum of 0.
-    scale = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
-    weights = jnp.exp(jnp.where(allowed, logits, MASKED) - top[:, None, :]) * scale[:, None, :]
+    weights = jnp.exp(jnp.where(allowed, logits, MASKED) - pull.top[:, None, :])
+    if pull.total is not None:
+        weights /= jnp.maximum(pull.total, 1.0)[:, None, :]  # it is 1 at least, but 0 of what fills a block up
     d_weights = _product(value, d_out, 2, 2)
     dropped = weights
     if queries.seeds is not None:
         keep = kept(queries.seeds[:, None], weights.shape, 1, rules.rate)
         factor = 1.0 / (1.0 - rules.rate)
         dropped, d_weights = (jnp.where(keep, x * factor, 0.0) for x in (weights, d_weights))
-    along = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    d_logits = jnp.where(allowed, weights * (d_weights - along[:, None, :]), 0.0)
+    d_logits = jnp.where(allowed, weights * (d_weights - pull.along[:, None, :]), 0.0)
     d_value = _product(dropped.astype(query.dtype), d_out, 2, 1)
     if factors is not None:
         d_value *= factors

@@ -212,7 +212,8 @@ def make_train_step(
 ) -> OnMesh:
     """Returns the compiled, donating `(state, batch) -> (next state, metrics)`.
 
-    A step whose loss or gradient is not finite changes nothing but the counts, and its metric `finite` is 0.
+    A step whose loss or gradient is not finite changes nothing but the counts, and its metric `finite` is 0. So is that
+    of a step whose update alone is not finite; it leaves the parameters as they are.
 
     Args:
       model: the model.
@@ -246,21 +247,16 @@ def make_train_step(
             scale=scale,
             trained=trained,
         )
-        gradient_norms = norm_metrics("gradient_norm", gradients)
-        finite = jnp.isfinite(gradient_norms["gradient_norm"]) & jnp.isfinite(sums.cross_entropy)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        norms = {
-            **gradient_norms,
-            **norm_metrics("parameter_norm", state.params),
-            **norm_metrics("update_norm", updates),
-        }
-        finite &= jnp.isfinite(norms["parameter_norm"]) & jnp.isfinite(norms["update_norm"])
+        norms = {**norm_metrics("gradient_norm", gradients), **norm_metrics("parameter_norm", state.params)}
+        finite = jnp.isfinite(sums.cross_entropy)
+        finite &= jnp.isfinite(norms["gradient_norm"]) & jnp.isfinite(norms["parameter_norm"])
         moves = finite if halt_above is None else finite & (state.skipped <= halt_above)
-        # First the parameters, for which the old moments are read once more, and then those: otherwise XLA would copy
-        # all of the state to have it both before and after. For the same reason all norms come before either.
-        params, moves = jax.lax.optimization_barrier((_if(moves, params, state.params), moves))
-        opt_state = _if(moves, opt_state, state.opt_state)
+        opt_state, updates = _updated(tx, moves, gradients, state)
+        update_norms = norm_metrics("update_norm", updates)
+        norms |= {name: jnp.where(moves, norm, jnp.nan) for name, norm in update_norms.items()}
+        finite &= ~moves | jnp.isfinite(norms["update_norm"])
+        moves &= finite
+        params = _if(moves, optax.apply_updates(state.params, updates), state.params)
         done, ema = state.step - state.skipped, state.ema
         if ema is not None:
             ema = _if(moves, ema_update(ema, params, ema_decay, done), ema)
@@ -301,6 +297,25 @@ def _loss_metrics(config: TransformerConfig, sums: LossSums) -> dict[str, jax.Ar
     if config.head == "pretraining":
         metrics["next_sentence_loss"] = sums.auxiliary / tokens
     return metrics
+
+
+def _updated(
+    tx: optax.GradientTransformation, moves: jax.Array, gradients: Any, state: TrainState
+) -> tuple[optax.OptState, Any]:
+    """Returns the optimizer's next state and its updates; without moving, its state as it was and the gradients."""
+
+    def once(_: jax.Array, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        params, opt_state, gradients = carry
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        # Behind the barrier the parameters do not seem to stay the same, and nothing is computed from them ahead of
+        # the loop, to be kept.
+        return jax.lax.optimization_barrier((params, opt_state, updates))
+
+    # A loop of one round or none, in which XLA updates moments and gradients in place. A choice between the old and the
+    # new ones, as of the parameters, would hold both, and more: on a CPU four times the memory of the parameters.
+    carry = state.params, state.opt_state, gradients
+    _, opt_state, updates = jax.lax.fori_loop(0, moves.astype(jnp.int32), once, carry)
+    return opt_state, updates
 
 
 def _if(condition: jax.Array, new: Any, old: Any) -> Any:
