@@ -187,6 +187,7 @@ class TrainConfig:
       keep_checkpoints: latest checkpoints to keep, beside the best.
       keep_every: checkpoints of steps that divide by this are kept for good; 0: none.
       remat: what the backward pass recomputes (minimal, full), recomputes or fetches from the host's memory (offload).
+      scan_layers: whether a stack is a loop over its layers; false compiles longer and trains a few per cent faster.
       dtype: of the computation; parameters are float32. float16 has its loss scaled, by a factor that adapts itself.
       z_loss: coefficient of the z-loss.
       label_smoothing: share of the target's probability that goes to the other tokens.
@@ -211,6 +212,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     keep_every: int = 0
     remat: Literal["none", "minimal", "full", "offload"] = "none"
+    scan_layers: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     z_loss: float = 1e-4
     label_smoothing: float = 0.0

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.keep_every",
     "train.remat",
+    "train.scan_layers",
     "train.loss_chunk",
     "train.nonfinite",
     "train.profile",

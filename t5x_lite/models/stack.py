@@ -226,12 +226,21 @@ class Stack(nn.Module):
     Without a cache it is a `lax.scan` over its layers, so that compile time does not grow with depth. With one the
     layers follow each other one by one: every layer's cache is then an array of its own, which a decoding loop updates
     in place, where a scan would copy all of them in every step.
+
+    Attributes:
+      config: of the model.
+      is_decoder: which of its two stacks it is.
+      dtype: of the computation.
+      remat: a key of `REMAT_POLICIES`.
+      scan_layers: False unrolls the scan. The numbers are the same, but for the order of some sums; what a layer leaves
+        for the backward pass then is an array of its own, which a scan copies into one of all layers.
     """
 
     config: TransformerConfig
     is_decoder: bool
     dtype: Any
     remat: str
+    scan_layers: bool = True
 
     @nn.compact
     def __call__(
@@ -273,13 +282,15 @@ class Stack(nn.Module):
         depth = self.config.num_decoder_layers if self.is_decoder else self.config.num_encoder_layers
         layer = Layer
         if self.remat != "none":
-            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            # Outside of a loop XLA would find that it has what is to be computed again, and keep it.
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},  # the latter only where somebody looks inside
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0)),
             length=depth,
+            unroll=1 if self.scan_layers else depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.is_decoder, self.dtype, enable_dropout, name="layers")
         return layers(x, context, None, self._windows(depth))[0]

@@ -90,11 +90,13 @@ class Transformer(nn.Module):
       config: its shape.
       dtype: of the computation; parameters, norms, softmax and logits are float32 all the same.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
+      scan_layers: whether a stack is a loop over its layers; see `Stack`.
     """
 
     config: TransformerConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    scan_layers: bool = True
 
     def setup(self) -> None:
         """Creates the embedding, the stacks and the heads."""
@@ -104,11 +106,12 @@ class Transformer(nn.Module):
         def dense(features: int, axes: tuple[str, str]) -> Dense:
             return Dense(features, axes, inits.head, use_bias=True, dtype=self.dtype)
 
+        options: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "scan_layers": self.scan_layers}
         self.embedding = TokenEmbedding(cfg.vocab_size, cfg.embed_dim, inits.embedding, dtype=self.dtype)
         if cfg.num_encoder_layers:
-            self.encoder = Stack(cfg, is_decoder=False, dtype=self.dtype, remat=self.remat)
+            self.encoder = Stack(cfg, is_decoder=False, **options)
         if cfg.num_decoder_layers:
-            self.decoder = Stack(cfg, is_decoder=True, dtype=self.dtype, remat=self.remat)
+            self.decoder = Stack(cfg, is_decoder=True, **options)
         if cfg.num_decoder_layers or cfg.head in ("masked_lm", "pretraining"):
             self.head = Head(cfg.vocab_size, cfg.tied_head, cfg.head_bias, inits.head, dtype=self.dtype)
         if cfg.head in ("masked_lm", "pretraining"):

@@ -28,12 +28,15 @@ MASKED = -1e10
 # The name of what comes out, for what decides what a backward pass finds stored: without it everything is done again.
 ATTENDED = "attended"
 
-# Logits at a time: on a CPU what its caches hold, on an accelerator what keeps it busy (256 MiB of float32).
+# Logits at a time: on a CPU what its caches hold, on an accelerator what keeps it busy (256 MiB of float32). A CPU does
+# more of them faster than a row in blocks, but not than rows one by one: of several rows it takes a quarter.
 _ON_CPU, _ON_ACCELERATOR = 2**21, 2**26
 
 # Of queries in order: into how many parts they are divided, and from which length on. Of the logits 3 / 8 are left out;
 # more parts would leave out little more, and compile longer.
 _PARTS, _LONG = 4, 256
+
+_FEW = 8  # arrays that are added up one by one
 
 
 @struct.dataclass
@@ -186,7 +189,7 @@ class _Plan:
     blocks: int
 
 
-def _plan(rules: Rules, queries: Queries, keys: Keys, most: int) -> _Plan:
+def _plan(rules: Rules, queries: Queries, keys: Keys, most: int, of_rows: int) -> _Plan:
     b, h, t, _ = queries.query.shape
     s = keys.segments.shape[1]
     parts: tuple[tuple[int, int, int], ...] = ((0, t, s),)
@@ -196,13 +199,14 @@ def _plan(rules: Rules, queries: Queries, keys: Keys, most: int) -> _Plan:
     row = h * parts[0][1] * s
     if row > most:
         return _Plan(1, parts, min(math.ceil(row / most), parts[0][1]))
-    rows = max(rows for rows in range(1, b + 1) if b % rows == 0 and (rows * row <= most or rows == 1))
+    rows = max(rows for rows in range(1, b + 1) if b % rows == 0 and (rows * row <= of_rows or rows == 1))
     return _Plan(rows, parts, 1)
 
 
 def _planned(rules: Rules, function: Callable[..., Any], queries: Queries, keys: Keys, *rest: Any) -> Any:
     """Returns `function(plan, queries, keys, *rest)`, by the plan of the platform that it is compiled for."""
-    cpu, default = (_plan(rules, queries, keys, most) for most in (_ON_CPU, _ON_ACCELERATOR))
+    cpu = _plan(rules, queries, keys, _ON_CPU, _ON_CPU // 4)
+    default = _plan(rules, queries, keys, _ON_ACCELERATOR, _ON_ACCELERATOR)
     if cpu == default:
         return function(cpu, queries, keys, *rest)
     return jax.lax.platform_dependent(
@@ -323,7 +327,7 @@ def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]
                     (queries, pull), bias, d_bias = part
                     backward = partial(_backward, rules, bias=bias, window=window)
                     d_query, d_logits, *more = jax.vmap(backward)(queries, keys, pull)
-                    d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
+                    d_bias = None if d_bias is None else _added(d_bias, d_logits)
                     return jax.tree.map(jnp.add, d_keys, more), (d_query, d_bias)
 
                 zeros = [jnp.zeros(x.shape, jnp.float32) for x in (keys.key, keys.value)]
@@ -352,6 +356,11 @@ def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _added(total: jax.Array, parts: jax.Array) -> jax.Array:
+    # XLA's CPU compiler joins a reduction to the products before it, which slows those down; not so a few additions.
+    return sum(parts, total) if parts.shape[0] <= _FEW else total + jnp.sum(parts, axis=0)
 
 
 def _scan(function: Callable[..., Any], carry: Any, parts: Any, number: int) -> Any:

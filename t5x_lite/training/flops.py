@@ -100,7 +100,7 @@ def training_flops(config: TransformerConfig, batch: Mapping[str, Any], causal: 
 def xla_flops(function: Callable[..., Any], *args: Any) -> float:
     """Returns XLA's own count of the operations of a function, loops included; nothing is compiled or run.
 
-    XLA's analysis counts the body of a loop once, however often it runs. So each `scan` is found in the traced program,
+    XLA's analysis counts the body of a loop as often as it is written, however often it runs. So each `scan` is found in the traced program,
     its body is counted by itself, and the count is taken times the number of its iterations, which is known. It is
     the program as it is handed to XLA: all elementwise operations, and what the backward pass recomputes, are in it,
     which the formula leaves out. Call it outside of a mesh: the count is then the whole program's, on all devices.
@@ -116,9 +116,9 @@ def _count(program: core.ClosedJaxpr) -> tuple[float, float]:
     """Returns the count with every loop as often as it runs, and with every loop's body once."""
     once = _counted_once(program)
     total = once
-    for length, body in _loops(program.jaxpr):
+    for length, written, body in _loops(program.jaxpr):
         body_total, body_once = _count(body)
-        total += length * body_total - body_once
+        total += length * body_total - written * body_once
     return total, once
 
 
@@ -127,11 +127,12 @@ def _counted_once(program: core.ClosedJaxpr) -> float:
     return float(analysis.get("flops", 0.0)) if analysis else 0.0
 
 
-def _loops(program: core.Jaxpr) -> Iterator[tuple[int, core.ClosedJaxpr]]:
-    """Yields the outermost loops of a program, wherever functions hide them: iterations and body."""
+def _loops(program: core.Jaxpr) -> Iterator[tuple[int, int, core.ClosedJaxpr]]:
+    """Yields the outermost loops of a program, wherever functions hide them: iterations, times written, and body."""
     for equation in program.eqns:
         if equation.primitive.name == "scan":
-            yield equation.params["length"], equation.params["jaxpr"]
+            length, unroll = equation.params["length"], equation.params["unroll"]
+            yield length, unroll + length % unroll, equation.params["jaxpr"]
         else:
             for value in equation.params.values():
                 for inner in value if isinstance(value, tuple | list) else (value,):

@@ -163,7 +163,7 @@ def _train(
     dataset, fingerprint = read.train, read.fingerprint
     for note in read.notes:
         observer.note(note)
-    model = build(config.model, config.train.dtype, config.train.remat)
+    model = build(config.model, config.train.dtype, config.train.remat, scan_layers=config.train.scan_layers)
     schedule, tx = optimizer_of(config, model)
     abstract = abstract_state(model, tx, mesh, ema=bool(config.train.ema_decay))
     if group.index == 0 and run_directory.has_begun(out):

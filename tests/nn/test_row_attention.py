@@ -117,7 +117,7 @@ def assert_alike(got: list[np.ndarray], wanted: list[np.ndarray], tolerance: flo
 FLOAT32 = 3e-6
 
 
-@pytest.mark.parametrize("most", [2**21, 2 * H * T * T, 100], ids=["all rows", "two rows", "blocks of queries"])
+@pytest.mark.parametrize("most", [2**21, 8 * H * T * T, 100], ids=["all rows", "two rows", "blocks of queries"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_attention, "_ON_CPU", most)
