@@ -164,11 +164,14 @@ def _whole_length(keys: Keys) -> Keys:
 
 
 def _local(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> jax.Array:
-    query = jnp.swapaxes(queries.query, 1, 2)
-    key, value = keys.key.astype(query.dtype), keys.value.astype(query.dtype)
-    queries = dataclasses.replace(cast(Any, queries), query=query)
+    key, value = (x.astype(queries.query.dtype) for x in (keys.key, keys.value))
     keys = dataclasses.replace(cast(Any, keys), key=key, value=value)
-    return jnp.swapaxes(cast(jax.Array, _attention(rules, queries, keys, bias, window)), 1, 2)
+    return cast(jax.Array, _attention(rules, queries, _turned(keys), bias, window))
+
+
+def _turned(tree: Any) -> Any:
+    """Swaps heads and length of queries, keys, values, and what has their shape: `[B, H, T, K]`."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if x.ndim == 4 and x.dtype != jnp.uint32 else x, tree)
 
 
 # --- rows, and blocks of their queries ------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ class _Plan:
 
 
 def _plan(rules: Rules, queries: Queries, keys: Keys, most: int, of_rows: int) -> _Plan:
-    b, h, t, _ = queries.query.shape
+    b, t, h, _ = queries.query.shape
     s = keys.segments.shape[1]
     parts: tuple[tuple[int, int, int], ...] = ((0, t, s),)
     if rules.in_order and t >= _LONG:
@@ -223,12 +226,15 @@ def _together(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
 def _by_rows(function: Callable[..., Any], carry: Any, tree: Any, rows: int) -> tuple[Any, Any]:
     """Scans `function(carry, some rows of the tree)`, and puts its results together, `[B, ...]`.
 
-    The rows are cut out inside the loop: had they an axis of their own, of one row a time, XLA's CPU compiler would give
-    that axis another place in memory, and copy everything.
+    Heads come before the length in there, and after it out here, as products with kernels have them: what is turned is
+    a few rows in a cache, and nothing is kept in both forms. The rows are cut out inside the loop as well: had they an
+    axis of their own, XLA's CPU compiler would give it another place in memory, and copy everything.
     """
 
     def some(carry: Any, start: jax.Array) -> tuple[Any, Any]:
-        return function(carry, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows), tree))
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows), tree)
+        carry, out = function(carry, _turned(part))
+        return carry, _turned(out)
 
     starts = jnp.arange(0, jax.tree.leaves(tree)[0].shape[0], rows)
     carry, out = jax.lax.scan(some, carry, starts)
@@ -270,7 +276,7 @@ def _merged(tree: Any, length: int) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -> jax.Array:
-    # Of queries `[B, H, T, K]`, and so is the result.
+    # Of queries `[B, T, H, K]`, and so is the result, and keys `[B, S, G, K]`.
     return _attend(rules, queries, keys, bias, window)[0]
 
 
@@ -308,10 +314,10 @@ def _attention_bwd(rules: Rules, kept: Any, d_out: jax.Array) -> tuple[Any, ...]
     queries, keys, bias, window, (out, top, total) = kept
     d_out = d_out.astype(jnp.float32)
     # Of all queries at once: within the loop XLA's CPU compiler would join it to a product, which slows that down.
-    along = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)
+    along = jnp.swapaxes(jnp.sum(out.astype(jnp.float32) * d_out, axis=-1), 1, 2)
     narrow = queries.query.dtype != jnp.float32
     if not narrow:
-        d_out, along = d_out / total[..., None], along / total
+        d_out, along = d_out / jnp.swapaxes(total, 1, 2)[..., None], along / total
     pull = _Pull(d_out.astype(queries.query.dtype), along, top, total if narrow else None)
 
     def run(plan: _Plan, queries: Queries, keys: Keys, bias: Any, window: Any, pull: _Pull) -> Any:
@@ -434,7 +440,7 @@ class _Pull:
     gradient, which is smaller before it becomes one, unless it is narrow and would be rounded once more.
 
     Attributes:
-      d_out: the gradient of the result, `[B, H, T, K]`, divided if it is float32.
+      d_out: the gradient of the result, `[B, H, T, K]` within the loop over rows, divided if it is float32.
       along: float32 `[B, H, T]`, the product of the result and `d_out`.
       top: float32 `[B, H, T]`, the largest logit.
       total: float32 `[B, H, T]`, the sum, if the weights are yet to be divided; else None.
