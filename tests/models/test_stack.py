@@ -1,6 +1,7 @@
 """What all families share: packing, positions that a table does not have, and parts that a model does not have."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,16 @@ import pytest
 from t5x_lite.errors import InputError
 from t5x_lite.models import PRESETS, TransformerConfig, build
 from t5x_lite.models.stack import check_remat
+from t5x_lite.training.step import batch_loss
 
 LENGTH = 15
 SMALL = {"vocab_size": 67, "embed_dim": 24, "num_heads": 4, "head_dim": 6, "mlp_dim": 40}
 DECODER = {"num_decoder_layers": 3, "bos_id": None, "eos_id": 2, "decoder_start_id": 2}
 PAIR = {"num_encoder_layers": 2, "num_decoder_layers": 3, "max_positions": LENGTH}
+LABELS = {
+    "decoder_target_tokens": np.full((2, 7), 5, np.int32),
+    "decoder_loss_weights": np.ones((2, 7), np.float32),
+}
 CONFIGS = {
     "gpt2": dataclasses.replace(PRESETS["gpt2"], **SMALL, **DECODER, max_positions=LENGTH),
     "gpt3": dataclasses.replace(
@@ -169,6 +175,42 @@ def test_hidden_states_are_those_of_the_stack_that_there_is() -> None:
 
 
 # --- what the backward pass finds stored ----------------------------------------------------------------------------
+
+
+def gradients_and_text(config: TransformerConfig, params: Any, **options: Any) -> tuple[Any, Any]:
+    model, batch = build(config, **options), tokens_of("encoder", 9) | tokens_of("decoder", 7)
+    batch |= {name: x for name, x in LABELS.items() if name.startswith("decoder")}
+
+    def loss(params: Any) -> jax.Array:
+        return batch_loss(model, params, batch, dropout_key=jax.random.key(3)).cross_entropy
+
+    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+    return compiled(params), compiled
+
+
+@pytest.mark.parametrize("name", ["bart", "gpt3"])
+def test_a_stack_that_is_not_scanned_computes_the_same(name: str, random_params: Any) -> None:
+    config = CONFIGS[name]
+    params = random_params(config)
+    (scanned, loop), (unrolled, line) = (gradients_and_text(config, params, scan_layers=s) for s in (True, False))
+    # The same keys of dropout, or the difference would be as large as the gradient; float32 sums in another order.
+    for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * max(1e-3, np.max(np.abs(b))))
+    depths = {config.num_encoder_layers, config.num_decoder_layers} - {0}
+
+    def stacks(compiled: Any) -> int:  # arrays of what each layer leaves for the backward pass
+        return sum(len(re.findall(rf"f32\[{depth},2,[79],24\]", compiled.as_text())) for depth in depths)
+
+    assert stacks(line) == 0 < stacks(loop)
+
+
+def test_layers_that_are_not_scanned_are_computed_again_where_asked_for(random_params: Any) -> None:
+    config = CONFIGS["gpt2"]
+    params = random_params(config)
+    kept, again = (gradients_and_text(config, params, scan_layers=False, remat=r)[1] for r in ("none", "full"))
+    kept, again = (sum(" tanh(" in line for line in compiled.as_text().splitlines()) for compiled in (kept, again))
+    # Of three layers' activations, all are there a second time, or the compiler has found the first ones again.
+    assert again >= kept + 2
 
 
 class Device:

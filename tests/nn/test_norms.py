@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,26 @@ def test_scale_starts_at_one_in_float32() -> None:
     scale = RMSNorm(dtype=jnp.bfloat16).init(jax.random.key(0), jnp.ones((1, 8), jnp.bfloat16))["params"]["scale"]
     assert scale.unbox().dtype == jnp.float32
     np.testing.assert_array_equal(scale.unbox(), np.ones(8))
+
+
+def test_gradients_are_those_of_the_formula() -> None:
+    rng = np.random.default_rng(3)
+    x, pull = (jnp.asarray(rng.normal(size=(2, 3, 512)), jnp.float32) for _ in range(2))
+
+    def formula(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+    def module(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return RMSNorm().apply({"params": {"scale": scale}}, x)
+
+    def gradients(function: Any) -> Any:
+        return jax.grad(lambda *both: jnp.sum(function(*both) * pull), argnums=(0, 1))(x, jnp.asarray(SCALE))
+
+    # Float32 sums of 512 numbers in another order.
+    for got, wanted in zip(gradients(module), gradients(formula), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 * np.max(np.abs(wanted)))
+    half = jax.grad(lambda x: jnp.sum(module(x, jnp.asarray(SCALE)) * pull))(x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
 
 
 # --- layer norm -----------------------------------------------------------------------------------------------------

@@ -68,9 +68,9 @@ def small(name: str, **changes: Any) -> TransformerConfig:
 IDS = "pad_id", "bos_id", "eos_id", "decoder_start_id", "forced_bos_id", "forced_eos_id"
 
 
-def counted(config: TransformerConfig, microbatches: int = 1, remat: str = "none") -> tuple[float, int]:
+def counted(config: TransformerConfig, microbatches: int = 1, **options: Any) -> tuple[float, int]:
     """Returns XLA's count and the formula's, of one and the same step."""
-    model = build(config, remat=remat)
+    model = build(config, **options)
 
     def array(length: int | None, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((ROWS,) if length is None else (ROWS, length), dtype)
@@ -108,6 +108,12 @@ def test_formula_and_xla_agree(name: str) -> None:
 def test_the_depth_of_a_loop_counts() -> None:
     two, six = (counted(small("gpt2", num_decoder_layers=depth)) for depth in (2, 6))
     assert LEAST < (six[0] - two[0]) / (six[1] - two[1]) < MOST
+
+
+def test_layers_that_are_not_scanned_count_as_those_that_are() -> None:
+    config = small("gpt2", num_decoder_layers=3)
+    scanned, unrolled = counted(config)[0], counted(config, scan_layers=False)[0]
+    assert abs(unrolled / scanned - 1) < 1e-3  # what is done once a step of a loop
 
 
 def test_microbatches_are_a_loop_around_a_loop() -> None:

@@ -12,7 +12,7 @@ from t5x_lite.sharding import make_mesh, put_batch
 from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.schedules import make_schedule
-from t5x_lite.training.state import TrainState, init_state
+from t5x_lite.training.state import TrainState, abstract_state, init_state
 from t5x_lite.training.step import loss_gradients, make_eval_step, make_train_step
 
 MESHES = ("data:2,model:4", "fsdp:4,model:2")  # others, and other families, in test_meshes.py
@@ -54,12 +54,13 @@ def train(
     *,
     dtype: str = "float32",
     ema: bool = False,
+    tx: optax.GradientTransformation | None = None,
     **options: Any,
 ) -> Run:
     model = build(config, dtype)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh_text is None else make_mesh(mesh_text)
     schedule = make_schedule("inverse_square_root", 0.1, 4, STEPS)
-    tx = make_optimizer("adafactor", schedule, model.logical_axes())
+    tx = tx or make_optimizer("adafactor", schedule, model.logical_axes())
     before = state = init_state(model, tx, mesh, seed=0, params=params, ema=ema)
     step = make_train_step(model, tx, schedule, mesh, state, **options)
     metrics = []
@@ -155,7 +156,41 @@ def test_a_halted_run_stays_where_it_went_wrong(config: Any, params: Any, batche
     alone = train(config, params, [first], None, loss=Z_LOSS, halt_above=0)
     assert same(halted.after.params, alone.after.params)
     assert halted.metrics[2]["finite"] == 1
+    assert np.isfinite(halted.metrics[2]["gradient_norm"]) and np.isnan(halted.metrics[2]["update_norm"])
     assert int(halted.after.skipped) == 1
+
+
+def overflowing() -> optax.GradientTransformation:
+    """An optimizer that counts, and whose update is not finite in its second step."""
+
+    def update(updates: Any, count: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+        return jax.tree.map(lambda u: jnp.where(count == 1, jnp.inf, 0.01) * u, updates), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def test_an_update_that_is_not_finite_leaves_the_parameters(config: Any, params: Any, batches: list[Any]) -> None:
+    first, second = batches[:2]
+    both = train(config, params, [first, second], None, tx=overflowing())
+    one = train(config, params, [first], None, tx=overflowing())
+    assert same(both.after.params, one.after.params)
+    assert [(m["finite"], m["skipped"]) for m in both.metrics] == [(1, 0), (0, 1)]
+    assert np.isfinite(both.metrics[1]["gradient_norm"]) and not np.isfinite(both.metrics[1]["update_norm"])
+
+
+def test_the_optimizer_needs_little_memory_beside_its_state(config: Any) -> None:
+    # Wide and short: what the optimizer needs is more than what the backward pass finds stored.
+    config = dataclasses.replace(config, embed_dim=256, mlp_dim=1024)
+    model, mesh = build(config), make_mesh(devices=jax.devices()[:1])
+    tx = make_optimizer("adamw", 1e-3, model.logical_axes(), weight_decay=0.01)
+    state = abstract_state(model, tx, mesh)
+    shape = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    inputs = {"encoder_input_tokens": shape, "decoder_input_tokens": shape}
+    batch = inputs | {"decoder_target_tokens": shape, "decoder_loss_weights": shape}
+    step = make_train_step(model, tx, optax.constant_schedule(1e-3), mesh, state)
+    held = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    # The gradients, and of what is computed from them an array at a time; both moments a second time would be 3.
+    assert step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes < 1.8 * held
 
 
 def test_float16_finds_its_loss_scale(config: Any, params: Any, batches: list[Any]) -> None:
