@@ -19,7 +19,8 @@ Both use the same cores, float32, the same batch sizes and lengths, no padding, 
 same dropout rate, each the way it does dropout: T5's is shared along the length in t5x_lite, as T5X has it, and not in
 transformers. The peer runs in eager mode, with its default (fused) attention where it has one for the model. Ours has
 what `t5x-lite train` gives a run on a CPU: memory in large pages, which `--large-pages=both` gives the peer too and
-`--large-pages=neither` takes away, and logits in as many chunks as a device holds well.
+`--large-pages=neither` takes away, and logits in as many chunks as a device holds well. Its layers are written out, one
+after the other (`train.scan_layers=false`), as torch runs them; `--scan-layers` leaves them in a loop.
 """
 
 import argparse
@@ -76,6 +77,7 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=2, help="cores that both use, in turn (default 2)")
     parser.add_argument("--large-pages", choices=("ours", "both", "neither"), default="ours", help="default: ours")
+    parser.add_argument("--scan-layers", action="store_true", help="layers in a loop, as by default in a training")
     parser.add_argument("--quick", action="store_true", help="one row of 16 tokens, 2 rounds: does it run?")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
@@ -135,7 +137,7 @@ def compare(cell: Cell, ours: Process, peer: Process, args: argparse.Namespace) 
     pairs = sorted(pairs, key=lambda pair: pair[0])[: args.rounds]
     ratios = [theirs[0] / mine[0] for _, (mine, theirs) in pairs]
     lines = {"benchmark": "train_vs_transformers", "cell": cell.name, **vars(cell), "rounds": args.rounds}
-    lines["large_pages"] = args.large_pages
+    lines |= {"large_pages": args.large_pages, "scan_layers": args.scan_layers}
     lines |= {"ratio": round(median(ratios), 3), "ratio_min": round(min(ratios), 3), "ratio_max": round(max(ratios), 3)}
     for side, name in enumerate(("", "other_")):
         seconds, cpu = (median(steps[side][index] for _, steps in pairs) for index in (0, 1))
@@ -196,6 +198,7 @@ class Ours:
     def __init__(self, args: argparse.Namespace):
         if hasattr(os, "sched_setaffinity"):  # XLA takes a thread for every core it may use
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        self.scan_layers = args.scan_layers
 
     def versions(self) -> dict[str, str]:
         return {name: metadata.version(name) for name in ("t5x_lite", "jax", "jaxlib")}
@@ -219,7 +222,7 @@ class Ours:
         if published.mlp_dropout_rate == 0.0:
             rates.pop("mlp_dropout_rate")  # the family has none there, and neither has the peer
         config = dataclasses.replace(published, **rates)
-        model, mesh = build(config), make_mesh()
+        model, mesh = build(config, scan_layers=self.scan_layers), make_mesh()
         tx = make_optimizer("adamw", LEARNING_RATE, model.logical_axes(), weight_decay=WEIGHT_DECAY)
         state = init_state(model, tx, mesh, seed=0)
         schedule, loss = optax.constant_schedule(LEARNING_RATE), LossSettings(chunk=None)
