@@ -20,7 +20,7 @@ same dropout rate, each the way it does dropout: T5's is shared along the length
 transformers. The peer runs in eager mode, with its default (fused) attention where it has one for the model. Ours has
 what `t5x-lite train` gives a run on a CPU: memory in large pages, which `--large-pages=both` gives the peer too and
 `--large-pages=neither` takes away, and logits in as many chunks as a device holds well. Its layers are written out, one
-after the other (`train.scan_layers=false`), as torch runs them; `--scan-layers` leaves them in a loop.
+after the other (`train.scan_layers=false`), as torch runs them; `--layers=scanned` leaves them in a loop.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=2, help="cores that both use, in turn (default 2)")
     parser.add_argument("--large-pages", choices=("ours", "both", "neither"), default="ours", help="default: ours")
-    parser.add_argument("--scan-layers", action="store_true", help="layers in a loop, as by default in a training")
+    parser.add_argument("--layers", choices=("unrolled", "scanned"), default="unrolled", help="default: unrolled")
     parser.add_argument("--quick", action="store_true", help="one row of 16 tokens, 2 rounds: does it run?")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
@@ -113,7 +113,7 @@ def main() -> int:
 class Process(pairs_of_runs.Process):
     """A library in a process of its own, which answers one line of JSON with another."""
 
-    script, options = __file__, ("threads",)
+    script, options = __file__, ("threads", "layers")
 
 
 def compare(cell: Cell, ours: Process, peer: Process, args: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def compare(cell: Cell, ours: Process, peer: Process, args: argparse.Namespace) 
     pairs = sorted(pairs, key=lambda pair: pair[0])[: args.rounds]
     ratios = [theirs[0] / mine[0] for _, (mine, theirs) in pairs]
     lines = {"benchmark": "train_vs_transformers", "cell": cell.name, **vars(cell), "rounds": args.rounds}
-    lines |= {"large_pages": args.large_pages, "scan_layers": args.scan_layers}
+    lines |= {"large_pages": args.large_pages, "layers": args.layers}
     lines |= {"ratio": round(median(ratios), 3), "ratio_min": round(min(ratios), 3), "ratio_max": round(max(ratios), 3)}
     for side, name in enumerate(("", "other_")):
         seconds, cpu = (median(steps[side][index] for _, steps in pairs) for index in (0, 1))
@@ -198,7 +198,7 @@ class Ours:
     def __init__(self, args: argparse.Namespace):
         if hasattr(os, "sched_setaffinity"):  # XLA takes a thread for every core it may use
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-        self.scan_layers = args.scan_layers
+        self.scan_layers = args.layers == "scanned"
 
     def versions(self) -> dict[str, str]:
         return {name: metadata.version(name) for name in ("t5x_lite", "jax", "jaxlib")}

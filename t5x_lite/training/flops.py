@@ -100,10 +100,11 @@ def training_flops(config: TransformerConfig, batch: Mapping[str, Any], causal: 
 def xla_flops(function: Callable[..., Any], *args: Any) -> float:
     """Returns XLA's own count of the operations of a function, loops included; nothing is compiled or run.
 
-    XLA's analysis counts the body of a loop as often as it is written, however often it runs. So each `scan` is found in the traced program,
-    its body is counted by itself, and the count is taken times the number of its iterations, which is known. It is
-    the program as it is handed to XLA: all elementwise operations, and what the backward pass recomputes, are in it,
-    which the formula leaves out. Call it outside of a mesh: the count is then the whole program's, on all devices.
+    XLA's analysis counts the body of a loop as often as it is written, however often it runs. So each `scan` is found
+    in the traced program, its body is counted by itself, and the count is taken times the number of its iterations,
+    which is known. It is the program as it is handed to XLA: all elementwise operations, and what the backward pass
+    recomputes, are in it, which the formula leaves out. Call it outside of a mesh: the count is then the whole
+    program's, on all devices.
 
     Args:
       function: to be counted.

@@ -156,7 +156,8 @@ def test_a_halted_run_stays_where_it_went_wrong(config: Any, params: Any, batche
     alone = train(config, params, [first], None, loss=Z_LOSS, halt_above=0)
     assert same(halted.after.params, alone.after.params)
     assert halted.metrics[2]["finite"] == 1
-    assert np.isfinite(halted.metrics[2]["gradient_norm"]) and np.isnan(halted.metrics[2]["update_norm"])
+    assert np.isfinite(halted.metrics[2]["gradient_norm"])
+    assert np.isnan(halted.metrics[2]["update_norm"])
     assert int(halted.after.skipped) == 1
 
 
@@ -175,7 +176,8 @@ def test_an_update_that_is_not_finite_leaves_the_parameters(config: Any, params:
     one = train(config, params, [first], None, tx=overflowing())
     assert same(both.after.params, one.after.params)
     assert [(m["finite"], m["skipped"]) for m in both.metrics] == [(1, 0), (0, 1)]
-    assert np.isfinite(both.metrics[1]["gradient_norm"]) and not np.isfinite(both.metrics[1]["update_norm"])
+    assert np.isfinite(both.metrics[1]["gradient_norm"])
+    assert not np.isfinite(both.metrics[1]["update_norm"])
 
 
 def test_the_optimizer_needs_little_memory_beside_its_state(config: Any) -> None:
