@@ -8,7 +8,9 @@ turn, A B, B A, A B, ..., so that whatever else the machine does meets both. It 
 waits at a barrier after every product, so where other processes want the cores it loses several times more than
 t5x_lite: with two cores and five processes that want them, 10 times instead of 2 was seen. So every run waits until
 the machine is idle, and the pairs that count are those during which other processes used the least, which
-`others_cores` tells: the cores they took, on average, in the worst of those pairs. Without /proc it is null.
+`others_cores` tells: the cores they took, on average, in the worst of those pairs. Without /proc it is null. A turn is
+two calls, of which the second counts: while the other library had its turn, the host of a virtual machine may have
+taken back memory, and the first call waits for it.
 
 A line of JSON per cell: the median of the paired ratios (above 1: t5x_lite generates more tokens per second), the least
 and the greatest of them, and the median tokens per second of each, B * N / time of the whole call, reading the input
@@ -248,6 +250,7 @@ def serve(library: Any) -> None:
             answer = max(prepared, default=0) + 1
             prepared[answer] = library.prepare(**message)
         elif what == "run":
+            prepared[key].seconds()
             answer = prepared[key].seconds()
         elif what == "report":
             answer = prepared[key].report(**message, bandwidth=library.bandwidth())

@@ -19,8 +19,9 @@ Both use the same cores, float32, the same batch sizes and lengths, no padding, 
 same dropout rate, each the way it does dropout: T5's is shared along the length in t5x_lite, as T5X has it, and not in
 transformers. The peer runs in eager mode, with its default (fused) attention where it has one for the model. Ours has
 what `t5x-lite train` gives a run on a CPU: memory in large pages, which `--large-pages=both` gives the peer too and
-`--large-pages=neither` takes away, and logits in as many chunks as a device holds well. Its layers are written out, one
-after the other (`train.scan_layers=false`), as torch runs them; `--layers=scanned` leaves them in a loop.
+`--large-pages=neither` takes away, and logits in as many chunks as a device holds well. Our layers are written out, one
+after the other, as torch runs them (`train.scan_layers=false`, not the default); `--layers=scanned` leaves them in a
+loop.
 """
 
 import argparse

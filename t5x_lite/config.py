@@ -187,7 +187,7 @@ class TrainConfig:
       keep_checkpoints: latest checkpoints to keep, beside the best.
       keep_every: checkpoints of steps that divide by this are kept for good; 0: none.
       remat: what the backward pass recomputes (minimal, full), recomputes or fetches from the host's memory (offload).
-      scan_layers: whether a stack is a loop over its layers; false compiles longer and trains a few per cent faster.
+      scan_layers: whether a stack is a loop over its layers; false compiles longer and on a CPU trains a little faster.
       dtype: of the computation; parameters are float32. float16 has its loss scaled, by a factor that adapts itself.
       z_loss: coefficient of the z-loss.
       label_smoothing: share of the target's probability that goes to the other tokens.

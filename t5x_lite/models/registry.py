@@ -120,7 +120,7 @@ def build(
       config: the shape of the model.
       dtype: of the computation, float32, bfloat16 or float16; parameters stay float32.
       remat: what the backward pass recomputes: `none`, `minimal` (keeps matrix products), `full` or `offload`.
-      scan_layers: whether a stack is a loop over its layers. False compiles longer and trains a little faster.
+      scan_layers: whether a stack is a loop over its layers. False compiles longer and on a CPU trains a little faster.
 
     Raises:
       InputError: unknown preset, dtype or remat policy.

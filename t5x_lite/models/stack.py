@@ -233,7 +233,8 @@ class Stack(nn.Module):
       dtype: of the computation.
       remat: a key of `REMAT_POLICIES`.
       scan_layers: False unrolls the scan. The numbers are the same, but for the order of some sums; what a layer leaves
-        for the backward pass then is an array of its own, which a scan copies into one of all layers.
+        for the backward pass then is an array of its own, which a scan copies into one of all layers. With `none` the
+        compiler may keep norms and activations as well, which in a scan are computed again.
     """
 
     config: TransformerConfig

@@ -25,7 +25,6 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., D]` to `[..., D]`."""
         scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",))
-
         return _rms_norm(x, scale, self.epsilon, self.dtype)
 
 
@@ -45,8 +44,9 @@ def _rms_norm_bwd(epsilon: float, dtype: Any, kept: Any, dy: jax.Array) -> tuple
     x, scale, factor = kept
     wide, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     d_scale = jnp.sum(dy * wide * factor, axis=tuple(range(x.ndim - 1)))
-    along = jnp.mean(dy * (wide * scale), axis=-1, keepdims=True) * factor**3
-    return (dy * scale * factor - wide * along).astype(x.dtype), d_scale.astype(scale.dtype)
+    scaled = dy * scale
+    along = jnp.mean(scaled * wide, axis=-1, keepdims=True) * factor**3
+    return (scaled * factor - wide * along).astype(x.dtype), d_scale.astype(scale.dtype)
 
 
 _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)

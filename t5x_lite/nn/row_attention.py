@@ -28,8 +28,9 @@ MASKED = -1e10
 # The name of what comes out, for what decides what a backward pass finds stored: without it everything is done again.
 ATTENDED = "attended"
 
-# Logits at a time: on a CPU what its caches hold, on an accelerator what keeps it busy (256 MiB of float32). A CPU does
-# more of them faster than a row in blocks, but not than rows one by one: of several rows it takes a quarter.
+# Logits at a time: on a CPU what its caches hold, on an accelerator what keeps it busy (256 MiB of float32). One
+# row may have that many on a CPU, where blocks of it are slower; several rows together a quarter of them, since more
+# rows at a time are no faster than one by one.
 _ON_CPU, _ON_ACCELERATOR = 2**21, 2**26
 
 # Of queries in order: into how many parts they are divided, and from which length on. Of the logits 3 / 8 are left out;
@@ -170,7 +171,7 @@ def _local(rules: Rules, queries: Queries, keys: Keys, bias: Any, window: Any) -
 
 
 def _turned(tree: Any) -> Any:
-    """Swaps heads and length of queries, keys, values, and what has their shape: `[B, H, T, K]`."""
+    """Swaps heads and length of queries, keys, values and what has their shape; seeds always have the heads first."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if x.ndim == 4 and x.dtype != jnp.uint32 else x, tree)
 
 
@@ -436,11 +437,11 @@ def _forward(rules: Rules, queries: Queries, keys: Keys, *, bias: Any, window: A
 class _Pull:
     """What the backward pass knows of each query.
 
-    The gradient of the weights is multiplied by the weights, and either of them divided by the sum of the softmax: the
-    gradient, which is smaller before it becomes one, unless it is narrow and would be rounded once more.
+    The gradient of the weights is multiplied by the weights, and one of them is divided by the sum of the softmax: the
+    gradient, as `d_out`, which is smaller; but the weights if `d_out` is narrow, and would be rounded once more.
 
     Attributes:
-      d_out: the gradient of the result, `[B, H, T, K]` within the loop over rows, divided if it is float32.
+      d_out: the gradient of the result, `[B, H, T, K]` within the loop over rows, if it is float32 divided by the sum.
       along: float32 `[B, H, T]`, the product of the result and `d_out`.
       top: float32 `[B, H, T]`, the largest logit.
       total: float32 `[B, H, T]`, the sum, if the weights are yet to be divided; else None.

@@ -114,16 +114,16 @@ def xla_flops(function: Callable[..., Any], *args: Any) -> float:
 
 
 def _count(program: core.ClosedJaxpr) -> tuple[float, float]:
-    """Returns the count with every loop as often as it runs, and with every loop's body once."""
-    once = _counted_once(program)
-    total = once
+    """Returns the count with every loop as often as it runs, and with every loop's body as often as it is written."""
+    as_written = _as_written(program)
+    total = as_written
     for length, written, body in _loops(program.jaxpr):
-        body_total, body_once = _count(body)
-        total += length * body_total - written * body_once
-    return total, once
+        body_total, body_as_written = _count(body)
+        total += length * body_total - written * body_as_written
+    return total, as_written
 
 
-def _counted_once(program: core.ClosedJaxpr) -> float:
+def _as_written(program: core.ClosedJaxpr) -> float:
     analysis: Any = jax.jit(core.jaxpr_as_fun(program)).lower(*program.in_avals).cost_analysis()
     return float(analysis.get("flops", 0.0)) if analysis else 0.0
 
@@ -134,11 +134,20 @@ def _loops(program: core.Jaxpr) -> Iterator[tuple[int, int, core.ClosedJaxpr]]:
         if equation.primitive.name == "scan":
             length, unroll = equation.params["length"], equation.params["unroll"]
             yield length, unroll + length % unroll, equation.params["jaxpr"]
+        elif platforms := equation.params.get("branches_platforms"):
+            yield from _loops(equation.params["branches"][_branch_here(platforms)].jaxpr)
         else:
             for value in equation.params.values():
                 for inner in value if isinstance(value, tuple | list) else (value,):
                     if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
                         yield from _loops(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
+
+
+def _branch_here(platforms: tuple[tuple[str, ...] | None, ...]) -> int:
+    """Returns which branch of a `platform_dependent` this process compiles; None stands for all other platforms."""
+    backend = jax.default_backend()
+    names = {"cuda", "rocm"} if backend == "gpu" else {backend}
+    return next(index for index, those in enumerate(platforms) if those is None or names & set(those))
 
 
 _T = 10**12

@@ -213,7 +213,8 @@ def make_train_step(
     """Returns the compiled, donating `(state, batch) -> (next state, metrics)`.
 
     A step whose loss or gradient is not finite changes nothing but the counts, and its metric `finite` is 0. So is that
-    of a step whose update alone is not finite; it leaves the parameters as they are.
+    of a step whose update alone is not finite; it leaves the parameters and their mean as they are, but the optimizer's
+    state has moved.
 
     Args:
       model: the model.
@@ -312,7 +313,7 @@ def _updated(
         return jax.lax.optimization_barrier((params, opt_state, updates))
 
     # A loop of one round or none, in which XLA updates moments and gradients in place. A choice between the old and the
-    # new ones, as of the parameters, would hold both, and more: on a CPU four times the memory of the parameters.
+    # new ones, as of the parameters, would hold both, and more: with AdamW on a CPU four times the parameters' memory.
     carry = state.params, state.opt_state, gradients
     _, opt_state, updates = jax.lax.fori_loop(0, moves.astype(jnp.int32), once, carry)
     return opt_state, updates

@@ -177,9 +177,8 @@ def test_hidden_states_are_those_of_the_stack_that_there_is() -> None:
 # --- what the backward pass finds stored ----------------------------------------------------------------------------
 
 
-def gradients_and_text(config: TransformerConfig, params: Any, **options: Any) -> tuple[Any, Any]:
-    model, batch = build(config, **options), tokens_of("encoder", 9) | tokens_of("decoder", 7)
-    batch |= {name: x for name, x in LABELS.items() if name.startswith("decoder")}
+def gradients_and_program(config: TransformerConfig, params: Any, **options: Any) -> tuple[Any, Any]:
+    model, batch = build(config, **options), tokens_of("encoder", 9) | tokens_of("decoder", 7) | LABELS
 
     def loss(params: Any) -> jax.Array:
         return batch_loss(model, params, batch, dropout_key=jax.random.key(3)).cross_entropy
@@ -192,7 +191,7 @@ def gradients_and_text(config: TransformerConfig, params: Any, **options: Any) -
 def test_a_stack_that_is_not_scanned_computes_the_same(name: str, random_params: Any) -> None:
     config = CONFIGS[name]
     params = random_params(config)
-    (scanned, loop), (unrolled, line) = (gradients_and_text(config, params, scan_layers=s) for s in (True, False))
+    (scanned, loop), (unrolled, line) = (gradients_and_program(config, params, scan_layers=s) for s in (True, False))
     # The same keys of dropout, or the difference would be as large as the gradient; float32 sums in another order.
     for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * max(1e-3, np.max(np.abs(b))))
@@ -207,10 +206,10 @@ def test_a_stack_that_is_not_scanned_computes_the_same(name: str, random_params:
 def test_layers_that_are_not_scanned_are_computed_again_where_asked_for(random_params: Any) -> None:
     config = CONFIGS["gpt2"]
     params = random_params(config)
-    kept, again = (gradients_and_text(config, params, scan_layers=False, remat=r)[1] for r in ("none", "full"))
+    kept, again = (gradients_and_program(config, params, scan_layers=False, remat=r)[1] for r in ("none", "full"))
     kept, again = (sum(" tanh(" in line for line in compiled.as_text().splitlines()) for compiled in (kept, again))
-    # Of three layers' activations, all are there a second time, or the compiler has found the first ones again.
-    assert again >= kept + 2
+    # Three layers' activations are there a second time, unless the compiler has found the first ones again.
+    assert again >= kept + 3
 
 
 class Device:

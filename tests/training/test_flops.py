@@ -116,6 +116,21 @@ def test_layers_that_are_not_scanned_count_as_those_that_are() -> None:
     assert abs(unrolled / scanned - 1) < 1e-3  # what is done once a step of a loop
 
 
+def test_loops_for_other_platforms_do_not_count() -> None:
+    matrix = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+    def ten_times(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (x @ x, None), x, length=10)[0]
+
+    def once(x: jax.Array) -> jax.Array:
+        return x @ x
+
+    one, ten = 2 * 64**3, 20 * 64**3
+    for here, elsewhere, count in ((once, ten_times, one), (ten_times, once, ten)):
+        found = xla_flops(lambda x, h=here, e=elsewhere: jax.lax.platform_dependent(x, cpu=h, default=e), matrix)
+        assert count <= found < 1.05 * count  # the loop's own counter
+
+
 def test_microbatches_are_a_loop_around_a_loop() -> None:
     whole, parts = counted(small("gpt2"))[0], counted(small("gpt2"), microbatches=2)[0]
     assert abs(parts / whole - 1) < 0.03  # adding up the gradients is what differs
