@@ -20,8 +20,7 @@ same dropout rate, each the way it does dropout: T5's is shared along the length
 transformers. The peer runs in eager mode, with its default (fused) attention where it has one for the model. Ours has
 what `t5x-lite train` gives a run on a CPU: memory in large pages, which `--large-pages=both` gives the peer too and
 `--large-pages=neither` takes away, and logits in as many chunks as a device holds well. Our layers are written out, one
-after the other, as torch runs them (`train.scan_layers=false`, not the default); `--layers=scanned` leaves them in a
-loop.
+after the other, as torch runs them (`train.scan_layers=false`, not the default); `--layers=scanned` has a loop instead.
 """
 
 import argparse
