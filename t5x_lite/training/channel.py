@@ -115,7 +115,9 @@ class Server:
         index, now = hello["index"], time.monotonic()
         if refusal := self._refusal(hello):
             _send(writer, _end(refusal, 2))
-            await writer.drain()
+            # Closed first here, the connection would break under what the other writes before it reads why.
+            while await reader.readline():
+                pass
             return
         member = self._members[index] = _Member(writer, now, now)
         try:

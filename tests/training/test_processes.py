@@ -1,5 +1,6 @@
 """Several processes of one run: the same numbers as one, ends that all agree on, and names for whoever is missing."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from t5x_lite.config import DistributedConfig, resolve
 from t5x_lite.errors import InputError
 from t5x_lite.run_directory import complete_steps
 from t5x_lite.training import processes
+from t5x_lite.training.channel import Server
 from t5x_lite.training.loop import train
 from t5x_lite.training.monitor import read_metrics
 from t5x_lite.training.processes import EndedEarly, Group, Place, find_place
@@ -304,6 +306,24 @@ def test_two_that_take_the_same_place_are_told(team: Team) -> None:
     assert refused.returncode == 2
     assert refused.stderr
     assert refused.stderr.read() == "t5x-lite: two processes were started as process 1 of 2\n"
+
+
+def test_who_is_refused_hears_why_although_it_writes_before_it_reads() -> None:
+    async def heard(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for message in (b'{"hello": "process", "index": 1, "count": 3}\n', b"{}\n", b"{}\n"):
+            writer.write(message)
+            time.sleep(0.3)  # its event loop stands still: so it is where a machine has no time for this process
+        line = await reader.readline()
+        writer.close()
+        return line
+
+    async def refuse() -> bytes:
+        port = free_port()
+        async with await Server(2, 30.0, 0).listen(port):
+            return await asyncio.to_thread(lambda: asyncio.run(heard(port)))
+
+    assert b"process 1 was told of 3 processes, and process 0 of 2" in asyncio.run(refuse())
 
 
 def test_other_settings_are_named(team: Team) -> None:
