@@ -17,7 +17,9 @@ and the greatest of them, and the median tokens per second of each, B * N / time
 included. Beams count once.
 
 Both use the same cores, float32, a cache, and as many steps. The peer runs in eager mode at its best:
-`torch.inference_mode`, its default (fused) attention, and no end token, so that nothing is checked for one. Cells whose
+`torch.inference_mode`, its default (fused) attention, and no end token, so that nothing is checked for one. Ours has
+what `t5x-lite generate` gives itself on a CPU, memory in large pages, which `--large-pages=both` gives the peer too and
+`--large-pages=neither` takes away. Cells whose
 name ends in bfloat16 compare t5x_lite with bfloat16 weights to itself in float32. `roofline_share` is of t5x_lite's
 tokens per second; see `t5x_lite/benchmarking.py`.
 """
@@ -73,6 +75,7 @@ def main() -> int:
     parser.add_argument("--input-length", type=int, default=128, help="tokens of an input or prompt (default 128)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default 64)")
     parser.add_argument("--threads", type=int, default=2, help="cores that both use, in turn (default 2)")
+    add_large_pages(parser)
     parser.add_argument("--quick", action="store_true", help="2 rounds, 16 tokens read and 8 generated: does it run?")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
@@ -98,11 +101,26 @@ def main() -> int:
     with_peer = not all(cell.bfloat16 for cell in cells)
     if with_peer and not (args.peer_python and Path(args.peer_python).is_file()):
         parser.error(f"--peer-python must be the interpreter of the peer's environment, not {args.peer_python}")
-    ours = Process(sys.executable, "ours", args)
-    peer = Process(args.peer_python, "peer", args) if with_peer else None
+    ours_in, peer_in = environments(args.large_pages)
+    ours = Process(sys.executable, "ours", args, ours_in)
+    peer = Process(args.peer_python, "peer", args, peer_in) if with_peer else None
     for cell in cells:
         print(json.dumps(compare(cell, ours, ours if cell.bfloat16 else peer, args)), flush=True)
     return 0
+
+
+def add_large_pages(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--large-pages`, of which `environments` makes something."""
+    choices = ("ours", "both", "neither")
+    parser.add_argument("--large-pages", choices=choices, default="ours", help="whose memory is in them; default: ours")
+
+
+def environments(choice: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the variables that give large pages, or do not, to the process of ours and to that of the peer."""
+    from t5x_lite import large_pages  # which the peer's environment has not
+
+    pages = large_pages.environment()
+    return pages if choice != "neither" else {}, pages if choice == "both" else {}
 
 
 def compare(cell: Cell, ours: "Process", other: "Process | None", args: argparse.Namespace) -> dict[str, Any]:
@@ -138,6 +156,7 @@ def compare(cell: Cell, ours: "Process", other: "Process | None", args: argparse
         "input_length": args.input_length,
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
+        "large_pages": args.large_pages,
         "ratio": round(median(ratios), 3),
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
@@ -196,9 +215,7 @@ class Process:
 
     script, options = __file__, ("input_length", "new_tokens", "threads")
 
-    def __init__(
-        self, python: str, worker: str, args: argparse.Namespace, environment: Mapping[str, str] | None = None
-    ):
+    def __init__(self, python: str, worker: str, args: argparse.Namespace, environment: Mapping[str, str]):
         words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in self.options]
         offline = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         self._worker = worker
@@ -207,7 +224,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | offline | (environment or {}),
+            env=os.environ | offline | dict(environment),
         )
         self.versions = self.ask("versions")
 

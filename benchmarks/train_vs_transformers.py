@@ -36,7 +36,7 @@ from statistics import median
 from typing import Any
 
 import decode_vs_transformers as pairs_of_runs
-from decode_vs_transformers import disturbed, machine, machine_busy, wait_until_idle
+from decode_vs_transformers import add_large_pages, disturbed, environments, machine, machine_busy, wait_until_idle
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
@@ -76,7 +76,7 @@ def main() -> int:
         "--patience", type=float, default=120, help="seconds that a cell waits for idleness (default 120)"
     )
     parser.add_argument("--threads", type=int, default=2, help="cores that both use, in turn (default 2)")
-    parser.add_argument("--large-pages", choices=("ours", "both", "neither"), default="ours", help="default: ours")
+    add_large_pages(parser)
     parser.add_argument("--layers", choices=("unrolled", "scanned"), default="unrolled", help="default: unrolled")
     parser.add_argument("--quick", action="store_true", help="one row of 16 tokens, 2 rounds: does it run?")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
@@ -99,11 +99,9 @@ def main() -> int:
         parser.error(f"--peer-python must be the interpreter of the peer's environment, not {args.peer_python}")
     if args.quick:
         args.rounds, args.patience = 2, 0.0
-    from t5x_lite import large_pages  # which the peer's environment has not
-
-    pages = large_pages.environment()
-    ours = Process(sys.executable, "ours", args, pages if args.large_pages != "neither" else None)
-    peer = Process(args.peer_python, "peer", args, pages if args.large_pages == "both" else None)
+    ours_in, peer_in = environments(args.large_pages)
+    ours = Process(sys.executable, "ours", args, ours_in)
+    peer = Process(args.peer_python, "peer", args, peer_in)
     for cell in CELLS:
         if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns):
             print(json.dumps(compare(cell, ours, peer, args)), flush=True)

@@ -53,8 +53,12 @@ def test_the_same_process_with_the_same_arguments(tmp_path: Path) -> None:
     assert last == "runs"
 
 
-@pytest.mark.parametrize(("command", "starts"), [("train", True), ("demo", True), ("generate", False), (None, False)])
-def test_commands_that_train(kernel: Path, monkeypatch: pytest.MonkeyPatch, command: str | None, starts: bool) -> None:
+@pytest.mark.parametrize(
+    ("command", "starts"), [("train", True), ("demo", True), ("generate", True), ("doctor", False), (None, False)]
+)
+def test_commands_that_compute_for_long(
+    kernel: Path, monkeypatch: pytest.MonkeyPatch, command: str | None, starts: bool
+) -> None:
     calls = list[tuple[str, list[str]]]()
     monkeypatch.setattr(os, "execve", lambda path, words, env: calls.append((path, words)))
     monkeypatch.setattr(sys, "argv", ["t5x-lite", *([command] if command else []), "--help"])

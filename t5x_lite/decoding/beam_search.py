@@ -116,6 +116,11 @@ class BeamSearch:
                 f" {self.max_new_tokens} must be float32 numbers"
             )
 
+    @property
+    def number(self) -> int:
+        """How many sequences of an example are followed at a time."""
+        return self.num_beams
+
     def start(self, rows: int, stopping: Stopping) -> BeamState:
         """Returns the state before the first token.
 

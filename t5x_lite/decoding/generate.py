@@ -1,6 +1,7 @@
 """The decoding loop: prompts are read in one pass, then one compiled loop over `(tokens, cache)` until all rows end."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -16,6 +17,10 @@ from t5x_lite.decoding.stopping import Stopping
 from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.transformer import Batch, Cache, Slots, Transformer, decoder_segments
+
+# Slots for new tokens, and tokens of a sequence, from which on a cache has room for a quarter of them, then half, then
+# all: a step reads what there is room for. Each time the loop is compiled anew, which fewer slots are not worth.
+_MANY_SLOTS, _MANY_TOKENS = 192, 16
 
 
 @struct.dataclass
@@ -43,8 +48,8 @@ class Progress:
       step: int32 scalar, how many tokens were chosen for each sequence.
       tokens: int32 `[B, R]`, the last of them, which the model has not read yet.
       search: what the strategy knows.
-      cache: keys and values in M = T + (N - 1) * R slots: the prompt's, which all sequences of an example share, and
-        from slot T + n * R on those of the n-th new token of each of them.
+      cache: keys and values in M slots, T + (N - 1) * R at last: the prompt's, which all sequences of an example
+        share, and from slot T + n * R on those of the n-th new token of each of them. The last token of all needs none.
       ancestors: int32 `[B or 1, R, N]`, by which sequence's slot the n-th token of each sequence came to be. A beam
         search changes these when a beam takes over another one's past; the cache stays where it is.
       prompt: int32 `[B, T]`, padded on the right.
@@ -118,13 +123,33 @@ class Decoder:
     ) -> Generated:
         """Generates from beginning to end; see the function `generate` for the arguments."""
         params = self.model.unstacked(params)
-        progress = self.begin(params, batch, seed, row_ids, stop_table)
-        return self.finish(self.advance(params, progress, self.config.max_new_tokens))
+        rooms = self._rooms()
+        progress = self.begin(params, batch, seed, row_ids, stop_table, rooms[0])
+        for before, room in pairwise([rooms[0], *rooms]):
+            cache = progress.cache.extended((room - before) * self.search.number)
+            progress = self.advance(params, replace(progress, cache=cache), room)
+        return self.finish(progress)
+
+    def _rooms(self) -> list[int]:
+        """Returns for how many new tokens of a sequence the cache has room, from the beginning to the end."""
+        tokens = self.config.max_new_tokens
+        if tokens < _MANY_TOKENS or tokens * self.search.number < _MANY_SLOTS:
+            return [tokens]
+        return [tokens // 4, tokens // 2, tokens]
 
     def begin(
-        self, params: Any, batch: Batch, seed: jax.Array, row_ids: jax.Array, stop_table: jax.Array | None
+        self,
+        params: Any,
+        batch: Batch,
+        seed: jax.Array,
+        row_ids: jax.Array,
+        stop_table: jax.Array | None,
+        room: int | None = None,
     ) -> Progress:
-        """Encodes, reads the prompts and chooses the first token; see `generate` for the arguments."""
+        """Encodes, reads the prompts and chooses the first token; see `generate` for the arguments.
+
+        The cache gets room for `room` new tokens of each sequence, by default for all.
+        """
         cfg, search = self.model.config, self.search
         prompt, segments = self.prompt(batch)
         rows, length = prompt.shape
@@ -144,15 +169,16 @@ class Decoder:
             only=prompt_lengths - 1,
         )
         stopping = Stopping(end_ids=self.end_ids, table=stop_table)
+        number = search.number
         if isinstance(search, BeamSearch):
-            number, state = search.num_beams, search.start(rows, stopping)
+            state: Any = search.start(rows, stopping)
         else:
-            number, state = search.number, search.start(row_keys(seed, row_ids, search.number), stopping)
+            state = search.start(row_keys(seed, row_ids, number), stopping)
         started = Progress(
             step=jnp.zeros((), jnp.int32),
             tokens=jnp.zeros((rows, number), jnp.int32),
             search=state,
-            cache=cache.extended((self.config.max_new_tokens - 1) * number),
+            cache=cache.extended(((room or self.config.max_new_tokens) - 1) * number),
             ancestors=jnp.broadcast_to(jnp.arange(number)[:, None], (1, number, self.config.max_new_tokens)),
             prompt=prompt,
             prompt_lengths=prompt_lengths,
@@ -162,7 +188,7 @@ class Decoder:
         return self._choose(started, jnp.broadcast_to(logits, (rows, number, logits.shape[-1])))
 
     def advance(self, params: Any, progress: Progress, until: jax.Array | int) -> Progress:
-        """Goes on until every sequence has ended or has `until` tokens, which may be N at most."""
+        """Goes on until every sequence has ended or has `until` tokens, at most as many as the cache has room for."""
         if self.config.max_new_tokens == 1:  # `begin` has chosen it
             return progress
 
@@ -210,7 +236,7 @@ class Decoder:
     def _slots(self, progress: Progress, read: jax.Array) -> Slots:
         number = progress.tokens.shape[1]
         rows, length = progress.prompt.shape
-        places, new = jnp.arange(length)[None, :], jnp.arange(self.config.max_new_tokens - 1)
+        places, new = jnp.arange(length)[None, :], jnp.arange((progress.cache.slots - length) // number)
         own = progress.ancestors[:, :, : new.size, None] == jnp.arange(number)
         own &= (new <= read)[:, None]
         own = own.reshape(-1, number, new.size * number)

@@ -43,6 +43,11 @@ class Cache:
     encoder_segments: jax.Array | None
     position: jax.Array
 
+    @property
+    def slots(self) -> int:
+        """How many tokens its self-attention has room for, with the axis B or without."""
+        return self.layers[0].self_attention.key.shape[-2]
+
     def extended(self, slots: int) -> "Cache":
         """Returns self with as many empty slots behind those there are."""
         grown = (dataclasses.replace(x, self_attention=x.self_attention.extended(slots)) for x in self.layers)

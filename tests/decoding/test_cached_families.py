@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_lite.decoding import GenerationConfig
+from t5x_lite.decoding.generate import Decoder, Progress, arguments
 from t5x_lite.models import PRESETS, TransformerConfig, build
 from t5x_lite.models.transformer import Slots
 from t5x_lite.nn.attention import Attention, KeysValues
@@ -279,3 +281,37 @@ def test_nothing_but_rounding_keys_and_values_changes(
     # In a text or two a number lies so close to the middle between two others that it is rounded the other way.
     equal = np.max(np.abs(got - wanted), axis=-1) < 1e-5 * max(1.0, np.max(np.abs(wanted)))
     assert np.mean(equal) > 0.9
+
+
+# --- a cache that grows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("t5", {"num_beams": 12}), ("mistral", {"do_sample": True, "num_return_sequences": 12, "cache_dtype": "int8"})],
+)
+def test_a_cache_that_grows_changes_nothing(
+    name: str, how: dict[str, Any], draw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(dataclasses.replace(CONFIGS[name], eos_id=None))
+    rng = np.random.default_rng(0)
+    batch: dict[str, Any] = sources(model.config, rng)
+    if not batch:
+        batch["decoder_input_tokens"] = rng.integers(3, 67, (ROWS, WIDTH)).astype(np.int32)
+        batch["decoder_segment_ids"] = (np.arange(WIDTH) < np.array(PROMPTS)[:, None]).astype(np.int32)
+    config = GenerationConfig(max_new_tokens=17, **how)
+    args = draw(model.config), batch, *arguments(model, batch, config, None, None)
+    slots, advance = list[int](), Decoder.advance
+
+    def noted(self: Decoder, params: Any, progress: Progress, until: int) -> Progress:
+        slots.append(progress.cache.slots)
+        return advance(self, params, progress, until)
+
+    monkeypatch.setattr(Decoder, "advance", noted)
+    grown = jax.jit(Decoder(model, config).generate)(*args)
+    prompt = 1 if model.config.num_encoder_layers else WIDTH
+    assert slots == [prompt + (room - 1) * 12 for room in (4, 8, 17)]
+    monkeypatch.setattr(Decoder, "_rooms", lambda self: [17])
+    whole = jax.jit(Decoder(model, config).generate)(*args)
+    np.testing.assert_array_equal(grown.tokens, whole.tokens)
+    np.testing.assert_allclose(grown.scores, whole.scores, rtol=1e-5)  # the same sums in another order
