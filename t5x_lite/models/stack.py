@@ -66,7 +66,7 @@ class LayerCache:
 
     Attributes:
       self_attention: its own keys and values.
-      cross_attention: those of the encoder's output; None in a decoder without an encoder.
+      cross_attention: those of the encoder's output, in blocks; None in a decoder without an encoder.
     """
 
     self_attention: KeysValues
@@ -157,7 +157,7 @@ class Layer(nn.Module):
             if context.encoded is not None:
                 keys_values = attend.project(context.encoded)
                 if cache is not None:
-                    keys_values = cast(KeysValues, cache.cross_attention).write(keys_values, jnp.zeros((), jnp.int32))
+                    keys_values = cast(KeysValues, cache.cross_attention).filled(keys_values)
             else:
                 keys_values = cast(KeysValues, cast(LayerCache, cache).cross_attention)
             kept["cross_attention"] = keys_values

@@ -332,11 +332,15 @@ class Transformer(nn.Module):
 
         def keys_values(slots: int) -> KeysValues:
             shape = (batch_size, kv_heads, slots, cfg.stack_head_dim(True))
-            empty = KeysValues.zeros(shape, dtype or self.dtype)
-            return jax.tree.map(lambda x: constrain(x, *("batch", heads, "slots", "head_dim")[: x.ndim]), empty)
+            return KeysValues.zeros(shape, dtype or self.dtype)
+
+        def laid_out(x: jax.Array) -> jax.Array:
+            blocks = ("slots", "head_dim", "slots") if x.ndim == 5 else ("slots", "head_dim")
+            return constrain(x, *("batch", heads, *blocks)[: x.ndim])
 
         crosses = cfg.num_encoder_layers > 0
-        layer = LayerCache(keys_values(length), keys_values(encoder_length) if crosses else None)
+        layer = LayerCache(keys_values(length), keys_values(encoder_length).in_blocks() if crosses else None)
+        layer = jax.tree.map(laid_out, layer)
         return Cache(
             layers=(layer,) * cfg.num_decoder_layers,
             encoder_segments=jnp.zeros((batch_size, encoder_length), jnp.int32) if crosses else None,

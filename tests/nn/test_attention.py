@@ -310,3 +310,18 @@ def test_visible_takes_the_place_of_segments_and_order() -> None:
     np.testing.assert_array_equal(near, visible & (distance < 4))
     assert near.any()
     assert (near != visible).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("length", [1, 7, 64, 150])
+def test_keys_in_blocks_are_the_same_keys(length: int, dtype: jax.typing.DTypeLike) -> None:
+    queries = 2 * H  # two for each head of keys, and as many tokens as leave the last block of 150 mostly empty
+    query, exact = normal(B, T, queries, K), KeysValues(normal(B, H, length, K), normal(B, H, length, K))
+    plain = KeysValues.zeros((B, H, length, K), dtype).write(exact, jnp.int32(0))
+    blocks = KeysValues.zeros((B, H, length, K), dtype).in_blocks().filled(exact)
+    width = min(length, 64)
+    assert blocks.key.shape == (B, H, -(-length // width), K, width)
+    assert blocks.key.dtype == dtype
+    mask = Mask(jnp.ones((B, T), jnp.int32), jnp.asarray(RNG.integers(0, 2, (B, length)), jnp.int32))
+    got, wanted = (dot_product_attention(query, x, mask, None) for x in (blocks, plain))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)  # float32 sums of four terms
