@@ -19,9 +19,8 @@ included. Beams count once.
 Both use the same cores, float32, a cache, and as many steps. The peer runs in eager mode at its best:
 `torch.inference_mode`, its default (fused) attention, and no end token, so that nothing is checked for one. Ours has
 what `t5x-lite generate` gives itself on a CPU, memory in large pages, which `--large-pages=both` gives the peer too and
-`--large-pages=neither` takes away. Cells whose
-name ends in bfloat16 compare t5x_lite with bfloat16 weights to itself in float32. `roofline_share` is of t5x_lite's
-tokens per second; see `t5x_lite/benchmarking.py`.
+`--large-pages=neither` takes away. Cells whose name ends in bfloat16 compare t5x_lite with bfloat16 weights to itself
+in float32. `roofline_share` is of t5x_lite's tokens per second; see `t5x_lite/benchmarking.py`.
 """
 
 import argparse

@@ -89,11 +89,7 @@ def cross_entropy(
       weights: float32 `[...]`, 0 on padding.
       settings: z-loss and smoothing.
     """
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A comparison instead of a gather: it stays local where the vocabulary is split over devices, and its gradient
-    # is a mask, not a scatter.
-    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    log_z, target_logit = _log_z_and_target(logits, targets)
     correct = target_logit >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
     nats = log_z - target_logit
     z_loss = settings.z_loss * jnp.square(log_z)
@@ -105,6 +101,35 @@ def cross_entropy(
         weight=jnp.sum(weights),
         trained=jnp.sum((smoothed + z_loss) * weights),
     )
+
+
+@jax.custom_vjp
+def _log_z_and_target(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the logarithm of the softmax's normaliser, and the target's logit."""
+    # A comparison instead of a gather: it stays local where the vocabulary is split over devices, and its gradient
+    # is a mask, not a scatter.
+    target_logit = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1), target_logit
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+
+
+def _log_z_and_target_fwd(logits: jax.Array, targets: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    log_z, target_logit = _log_z_and_target(logits, targets)
+    return (log_z, target_logit), (logits, targets, log_z)
+
+
+def _log_z_and_target_bwd(kept: Any, d: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    # In one go over the logits. JAX would keep their exponentials, and add up two arrays as large.
+    logits, targets, log_z = kept
+    d_log_z, d_target = (x[..., None] for x in d)
+    softmax = jnp.exp(logits - log_z[..., None])
+    return softmax * d_log_z + jnp.where(_is_target(logits, targets), d_target, 0.0), None
+
+
+_log_z_and_target.defvjp(_log_z_and_target_fwd, _log_z_and_target_bwd)
 
 
 def _smoothed(logits: jax.Array, log_z: jax.Array, target_logit: jax.Array, settings: LossSettings) -> jax.Array:

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,3 +101,23 @@ def test_elementwise_hidden_dropout_differs_along_the_length() -> None:
     dropped = module.apply({"params": params}, x, enable_dropout=True, rngs={"dropout": jax.random.key(0)})
     # Half of the units are off in any case, so of the 20 masks a few may be the same.
     assert len(np.unique(np.asarray(dropped).reshape(20, 8).round(3), axis=0)) > 12
+
+
+def test_relu_has_jax_s_gradient() -> None:
+    x = jnp.array([-2.0, -0.0, 0.0, 1e-30, 3.0, jnp.nan])
+    weights = jnp.arange(1.0, 7.0)
+    ours, theirs = (jax.grad(lambda x, f=f: jnp.sum(f(x) * weights))(x) for f in (ACTIVATIONS["relu"], jax.nn.relu))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_with_relu_one_hidden_array_is_kept_for_the_backward_pass() -> None:
+    module = FeedForward(16, "relu", False, dropout_rate=0.5)
+    params = {name: KERNELS[name] for name in ("up", "down")}
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(module.apply({"params": params}, x, enable_dropout=True, rngs={"dropout": jax.random.key(0)}))
+
+    _, pull = jax.vjp(loss, params, jnp.asarray(X))
+    hidden, *more = (leaf for leaf in jax.tree.leaves(pull) if leaf.shape == (2, 3, 16))
+    for same in more:  # what the product keeps, and relu
+        np.testing.assert_array_equal(same, hidden)
