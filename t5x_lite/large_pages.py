@@ -2,8 +2,8 @@
 
 Every training step takes a few GB for its intermediate results from the kernel and gives them back. In pages of 4 KiB
 that costs a twentieth of the step, in pages of 2 MiB a quarter of this. A step of decoding reads all weights once, and
-of large pages the processor has to look up fewer. The kernel hands them out to whoever asks, and
-glibc reads whether it is to ask when a process starts, and never again.
+of large pages the processor has to look up fewer. The kernel hands them out to whoever asks, and glibc reads whether it
+is to ask when a process starts, and never again.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What float16 needs to train: a loss scaled so that gradients neither vanish nor overflow, and a check that they did.
+"""What float16 needs to train: a loss scaled so that gradients neither vanish nor overflow.
 
 Float16 ends at 65504 and has nothing below 6e-8, while most gradients of a Transformer are smaller than that. So the
 loss is multiplied by `LossScale.scale` before the backward pass and the gradients, of the float32 parameters and in
@@ -48,9 +48,3 @@ def initial_loss_scale(dtype: Any) -> LossScale | None:
     if jnp.dtype(dtype) != jnp.float16:
         return None
     return LossScale(scale=jnp.asarray(FIRST_SCALE, jnp.float32), good_steps=jnp.zeros((), jnp.int32))
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Returns a bool scalar: whether every number of every array of a tree is finite."""
-    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite.training.precision import GROWTH_INTERVAL, LossScale, all_finite, initial_loss_scale
+from t5x_lite.training.precision import GROWTH_INTERVAL, LossScale, initial_loss_scale
 
 
 def grad_scaler(outcomes: list[bool]) -> list[tuple[float, int]]:
@@ -53,15 +53,3 @@ def test_the_scale_never_becomes_infinite() -> None:
 def test_only_float16_needs_a_scale(dtype: object) -> None:
     assert initial_loss_scale(dtype) is None
     assert initial_loss_scale(jnp.float16) is not None
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_all_finite_sees_one_number(bad: float) -> None:
-    good = {"a": jnp.zeros((3, 2)), "b": [jnp.ones(4), jnp.arange(3)], "none": None}
-    assert bool(all_finite(good))
-    assert not bool(jax.jit(all_finite)({**good, "b": [jnp.ones(4).at[2].set(bad), jnp.arange(3)]}))
-    assert not bool(all_finite({**good, "a": jnp.asarray([bad], jnp.float16)}))
-
-
-def test_all_finite_of_nothing() -> None:
-    assert bool(all_finite({"count": jnp.arange(3)}))
