@@ -11,7 +11,7 @@ import pytest
 CAMPAIGN = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 KINDS = {
     1: ["bit-flipped checkpoint file", "SIGTERM", "full disk", "clock jump"],
-    2: ["kill -9 of one process", "SIGTERM"],
+    2: ["kill -9 of one process"],
 }
 
 
