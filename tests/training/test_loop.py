@@ -128,7 +128,7 @@ def uninterrupted(
     return run
 
 
-@pytest.mark.parametrize(("kills", "is_mixed"), [(1, False), pytest.param(3, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "is_mixed"), [(1, False), pytest.param(5, True, marks=pytest.mark.slow)])
 def test_killed_runs_resume_to_a_bitwise_equal_loss_trace(
     kills: int, is_mixed: bool, uninterrupted: Any, tmp_path: Path
 ) -> None:
