@@ -236,6 +236,8 @@ class TrainConfig:
                 raise InputError(f"train.{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if self.profile:
             self.profiled_steps()
+        if self.steps >= 2**31:
+            raise InputError(f"train.steps must be below 2**31, not {self.steps}")
         if self.seed >= 2**32:
             raise InputError(f"train.seed must be below 2**32, not {self.seed}")
         _at_least("train.input_length", self.input_length, 2)
@@ -245,16 +247,18 @@ class TrainConfig:
             )
 
     def profiled_steps(self) -> range:
-        """Returns the steps that `profile` names, none if it is empty.
+        """Returns the steps of the run that `profile` names, none if it is empty.
 
         Raises:
-          InputError: it is not of the form FIRST:LAST.
+          InputError: it is not of the form FIRST:LAST, or no step of the run.
         """
         first, _, last = (self.profile or "1:0").partition(":")
         steps = range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
         if self.profile and (not steps or steps[0] < 1):
             raise InputError(f"train.profile='{self.profile}' is not of the form FIRST:LAST, two steps such as 100:105")
-        return steps
+        if self.profile and steps[0] > self.steps:
+            raise InputError(f"train.profile='{self.profile}' begins behind the last step, train.steps={self.steps}")
+        return steps[: self.steps + 1 - steps.start]
 
 
 @dataclass(frozen=True)
@@ -350,8 +354,10 @@ class DistributedConfig:
                 f" distributed.num_processes is {self.num_processes}"
             )
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise InputError(f"distributed.coordinator='{self.coordinator}' is not of the form HOST:PORT")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise InputError(
+                f"distributed.coordinator='{self.coordinator}' is not of the form HOST:PORT, with a port below 65536"
+            )
 
 
 @dataclass(frozen=True)

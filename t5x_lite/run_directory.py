@@ -72,10 +72,12 @@ def lock(out: Path) -> Iterator[None]:
 
     if not str(out).strip() or str(out) == ".":
         raise InputError("out= is empty or the working directory; give the run one of its own, such as out=runs/first")
+    if out.name == "checkpoints" and (out.parent / "config.yaml").exists():
+        raise InputError(f"out={out} holds the checkpoints of the run '{out.parent}'; give this run a place of its own")
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise InputError(f"out={out} cannot be a run directory: {error.strerror}") from None
     with file:
         try:

@@ -77,6 +77,12 @@ def test_at_most_eighty_keys() -> None:
         ("a: b: c\n", "is not YAML"),
         ("trian: {steps: 3}\n", "unknown configuration key 'trian.steps'.*did you mean 'train.steps'"),
         ("train: {steps: 3.5}\n", "train.steps='3.5'"),
+        ("train: {profile: '7:9', steps: 6}\n", "train.profile='7:9' begins behind the last step, train.steps=6"),
+        ("train: {steps: 2147483648}\n", r"train.steps must be below 2\*\*31, not 2147483648"),
+        (
+            "distributed: {coordinator: 'a:70000', num_processes: 2, process_id: 0}\n",
+            "'a:70000' is not of the form HOST:PORT, with a port below 65536",
+        ),
         ("train: {batch_size: 6, microbatches: 4}\n", "train.microbatches 4 does not divide train.batch_size 6"),
         ("model: {activation: swish}\n", "model.activation='swish'"),
         ("model: {embed_dim: 0}\n", "model.embed_dim must be at least 1, not 0"),

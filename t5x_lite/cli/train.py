@@ -48,8 +48,10 @@ def _train(config: RunConfig, group: Group, args: argparse.Namespace) -> int:
     else:
         with ProgressObserver() as observer:
             result = train(config, observer, group=group)
-        ended = {"ended_by": result.ended_by} if result.ended_by else {}
-        show({"out": config.out, "step": int(result.state.step), **ended, **result.metrics}, args.json)
+        state = result.state
+        notable = {"ended_by": result.ended_by, "skipped": int(state.skipped)}
+        notable = {name: value for name, value in notable.items() if value}
+        show({"out": config.out, "step": int(state.step), **notable, **result.metrics}, args.json)
     return 0 if not result.ended_by else group.asked_status
 
 

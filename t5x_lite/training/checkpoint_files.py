@@ -50,7 +50,10 @@ def read_record(path: Path) -> Record:
       UnreadableCheckpoint: there is one that cannot be read.
     """
     try:
-        return Record(**json.loads((path / RECORD).read_text()))
+        record = Record(**json.loads((path / RECORD).read_text()))
+        if not all(isinstance(number, int | float | None) for number in (record.time, record.loss)):
+            raise TypeError("time and loss are numbers")
+        return dataclasses.replace(record, fingerprints=dict(record.fingerprints))
     except FileNotFoundError:
         return Record()
     except (ValueError, TypeError) as error:
@@ -186,9 +189,7 @@ def read_numpy(path: str | Path) -> dict[str, Any]:
       UnreadableCheckpoint: it is damaged; the message names the file.
     """
     checkpoint = find_checkpoint(path)
-    damage = compare(checkpoint).damage
-    if damage:
-        raise UnreadableCheckpoint(f"checkpoint {checkpoint} is damaged: {damage[0]}")
+    check_files(checkpoint)
     tree: dict[str, Any] = {}
     for name, array in stored_arrays(checkpoint).items():
         *outer, last = name.split("/")
@@ -197,6 +198,17 @@ def read_numpy(path: str | Path) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = array.read()
     return tree
+
+
+def check_files(checkpoint: Path) -> None:
+    """Compares a checkpoint's files with its seal, if it has one.
+
+    Raises:
+      UnreadableCheckpoint: it is damaged; the message names the file.
+    """
+    damage = compare(checkpoint).damage
+    if damage:
+        raise UnreadableCheckpoint(f"checkpoint {checkpoint} is damaged: {damage[0]}")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -214,9 +226,15 @@ def find_checkpoint(path: str | Path) -> Path:
     directory = path if path.name == "checkpoints" else path / "checkpoints"
     steps = complete_steps(directory)
     if not steps:
-        what = "holds no checkpoint" if path.is_dir() else "does not exist"
-        raise InputError(f"'{path}' {what}; give a run directory or one of its checkpoints, RUN/checkpoints/STEP")
+        raise InputError(
+            f"'{path}' {holds_none(path)}; give a run directory or one of its checkpoints, RUN/checkpoints/STEP"
+        )
     return (directory / str(steps[-1])).absolute()
+
+
+def holds_none(path: Path) -> str:
+    """Returns why there is no checkpoint at a path, as the end of a sentence that begins with it."""
+    return "holds no checkpoint" if path.is_dir() else "is a file" if path.exists() else "does not exist"
 
 
 def why_kept(losses: Mapping[int, float | None], keep: int, keep_every: int) -> dict[int, list[str]]:

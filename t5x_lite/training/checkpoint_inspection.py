@@ -16,7 +16,9 @@ from t5x_lite.training.checkpoint_files import (
     RECORD,
     Record,
     StoredArray,
+    check_files,
     find_checkpoint,
+    holds_none,
     items,
     read_record,
     size,
@@ -67,8 +69,7 @@ def list_checkpoints(run: Path, keep: int, keep_every: int) -> tuple[list[Entry]
     """
     directory = run if run.name == "checkpoints" else run / "checkpoints"
     if not directory.is_dir():
-        what = "holds no checkpoints" if run.is_dir() else "does not exist"
-        raise InputError(f"'{run}' {what}; give a run directory")
+        raise InputError(f"'{run}' {holds_none(run)}; give a run directory")
     records = {step: _record(directory / str(step)) for step in complete_steps(directory)}
     reasons = why_kept({step: record.loss for step, record in records.items()}, keep, keep_every)
     entries = []
@@ -196,9 +197,11 @@ def diff(a: str | Path, b: str | Path) -> Comparison:
 
     Raises:
       InputError: there is no checkpoint.
-      UnreadableCheckpoint: an array cannot be read.
+      UnreadableCheckpoint: one of them is damaged: what differs would be the damage.
     """
     paths = find_checkpoint(a), find_checkpoint(b)
+    for path in paths:
+        check_files(path)
     ours, theirs = (stored_arrays(path, cache=_CACHE) for path in paths)
     arrays = [_difference(ours[name], theirs[name]) for name in sorted(ours.keys() & theirs.keys())]
     return Comparison(

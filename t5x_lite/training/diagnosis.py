@@ -15,7 +15,7 @@ from t5x_lite.models.transformer import Batch, Transformer
 from t5x_lite.training.norms import module_of
 from t5x_lite.training.step import batch_loss, loss_gradients
 
-Kind = Literal["batch", "parameter", "activation", "loss", "gradient", "nothing"]
+Kind = Literal["batch", "parameter", "activation", "loss", "gradient", "update", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Finding:
     """What `diagnose` found first.
 
     Attributes:
-      kind: where: a value of the batch, a parameter, the output of a module, the loss, a gradient; or nothing, when
-        the step is finite once it is repeated.
+      kind: where: a value of the batch, a parameter, the output of a module, the loss, a gradient, what the optimizer
+        made of it; or nothing, when the step is finite once it is repeated.
       name: of the value, parameter or module, such as `encoder/layers/mlp/up`; empty for loss and nothing.
       layer: of the stack that `name` is in, counted from 0; None outside of one.
       value: what stands there: `inf` (an overflow, or one in what it follows from), `nan`, or a token's id.
@@ -44,6 +44,7 @@ class Finding:
             "activation": f"the first output to be {self.value} is that of {where} in the forward pass",
             "loss": f"the model's outputs are finite, and their loss is {self.value}",
             "gradient": f"the forward pass is finite, and the first gradient to be {self.value} is that of {where}",
+            "update": f"loss and gradients are finite, and the norm of the update of {where} is {self.value}",
             "nothing": "repeated, the step is finite",
         }[self.kind].rstrip(",")
 
@@ -79,6 +80,19 @@ def diagnose(
             if found := _in_forward_pass(model, params, batch, key, index, microbatches):
                 return found
     return _in_gradients(model, params, batch, key, mesh, microbatches=microbatches, **settings) or Finding("nothing")
+
+
+def first_update(metrics: Mapping[str, float]) -> Finding:
+    """Returns the module that the optimizer led too far, when loss and gradients were finite.
+
+    Args:
+      metrics: of the step, with an `update_norm/MODULE` for each module, some of which is not finite. If it is only all
+        of them together, the largest is returned.
+    """
+    norms = {name.partition("/")[2]: float(norm) for name, norm in metrics.items() if name.startswith("update_norm/")}
+    bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    name = min(bad, key=lambda name: _place((name, 0, False))) if bad else max(norms, key=lambda name: norms[name])
+    return Finding("update", name, value=_text(math.isinf(norms[name])) if bad else f"{norms[name]:g}")
 
 
 def _in_batch(model: Transformer, batch: Batch) -> Finding | None:

@@ -26,10 +26,10 @@ from t5x_lite.interop import checkpoints
 from t5x_lite.models.registry import build
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.training.checkpoints import Checkpointer, load_params
-from t5x_lite.training.diagnosis import Finding, diagnose
+from t5x_lite.training.diagnosis import Finding, diagnose, first_update
 from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.monitor import EventLog, read_metrics
-from t5x_lite.training.nonfinite import NonFinite
+from t5x_lite.training.nonfinite import NonFinite, only_the_update, what_was_not
 from t5x_lite.training.optimizers import trained_parameters
 from t5x_lite.training.processes import Group, current
 from t5x_lite.training.run_parts import mesh_of, optimizer_of
@@ -193,7 +193,7 @@ def _train(
             watch.ended(error, run.reported)
             raise
         finally:
-            watch.close()
+            watch.close(hurried=bool(run.ended_by))
     finally:
         with group.waiting("the last checkpoint"):
             checkpointer.close()
@@ -360,10 +360,11 @@ class _Run:
                 + (f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet")
             )
         details: dict[str, Any] = {}
-        note = f"step {step} was skipped: {_overflow(record)}"
-        # With float16 that is how the loss scale is found, and nobody's fault.
-        if "loss_scale" in record:
+        note = f"step {step} was skipped: {what_was_not(record)}"
+        if "loss_scale" in record and not only_the_update(record):
+            # That is how the loss scale is found, and nobody's fault.
             details = {"loss_scale": record["loss_scale"]}
+            note = f"step {step} was skipped: float16 overflowed with the loss scaled by {record['loss_scale']:g}"
         elif self.diagnoses:
             self.diagnoses -= 1
             finding = self._diagnose(record, made)
@@ -372,6 +373,8 @@ class _Run:
         self.watch.event("skipped", step, **details)
 
     def _diagnose(self, record: Mapping[str, Any], made: "_Made") -> Finding:
+        if only_the_update(record):
+            return first_update(record)
         cfg = self.config.train
         with self.group.waiting(f"what was not finite in step {made.step}"):
             return diagnose(
@@ -410,12 +413,6 @@ class _Run:
 
 class _Asked(Exception):
     """A signal has asked the processes to end, and this is where they do."""
-
-
-def _overflow(record: Mapping[str, float]) -> str:
-    if "loss_scale" in record:
-        return f"float16 overflowed with the loss scaled by {record['loss_scale']:g}"
-    return f"the loss is {record['loss']} and the gradient norm {record['gradient_norm']}"
 
 
 def _loss(config: TrainConfig) -> LossSettings:

@@ -11,12 +11,14 @@ class Profiler:
     """Traces a window of steps into `RUN/profile/`, which TensorBoard's profile plugin, XProf and Perfetto read.
 
     The window is of the run's steps, so a run that continues behind it traces nothing, and one that continues within
-    it traces the rest.
+    it traces the rest. Writing a trace takes about as long as making it, so one that is given up is not written.
 
     Args:
       directory: the run directory.
       steps: those to trace; none: nothing happens.
     """
+
+    _given_up = False  # of this process: JAX has one trace at a time
 
     def __init__(self, directory: Path, steps: range):
         self._directory = directory / "profile"
@@ -34,6 +36,9 @@ class Profiler:
             return contextlib.nullcontext()
         if step in self._steps and not self._tracing:
             jax.block_until_ready(before)
+            if Profiler._given_up:
+                Profiler._given_up = False
+                jax.profiler.stop_trace()
             jax.profiler.start_trace(str(self._directory))
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
@@ -51,8 +56,16 @@ class Profiler:
         self.close()
         return True
 
-    def close(self) -> None:
-        """Writes what there is of a trace that has not ended; more than once does no harm."""
+    def close(self, give_up: bool = False) -> None:
+        """Ends a trace that has not ended; more than once does no harm.
+
+        Args:
+          give_up: whether there is no time to write what there is of it. JAX then goes on tracing until the process
+            ends or traces again, which is when it does write it.
+        """
         if self._tracing:
             self._tracing = False
-            jax.profiler.stop_trace()
+            if give_up:
+                Profiler._given_up = True
+            else:
+                jax.profiler.stop_trace()

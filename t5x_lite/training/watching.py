@@ -106,8 +106,8 @@ class Watch:
         with contextlib.suppress(OSError):
             self.event(name, step, error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000])
 
-    def close(self) -> None:
-        """Brings everything to the disk."""
-        self.profiler.close()
+    def close(self, hurried: bool = False) -> None:
+        """Brings everything to the disk, but for a trace that is not complete if that has to be done soon."""
+        self.profiler.close(give_up=hurried)
         if self.log is not None:
             self.log.close()

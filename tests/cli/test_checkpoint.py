@@ -13,7 +13,7 @@ import pytest
 from t5x_lite import config
 from t5x_lite.training import checkpoint_files
 from t5x_lite.training.checkpoints import Checkpointer, save_params
-from t5x_lite.training.integrity import SEAL
+from t5x_lite.training.integrity import SEAL, UnreadableCheckpoint
 from t5x_lite.training.state import TrainState
 
 LARGE = (600, 700)  # of 4 bytes; stored in several parts where those are small
@@ -146,6 +146,27 @@ def test_diff_of_a_checkpoint_with_itself(t5x, run: Path) -> None:
     assert "5 arrays are the same, 0 differ, 0 are only in a, 0 only in b" in out
 
 
+def test_damage_is_no_difference(t5x, run: Path) -> None:
+    file = largest(run / "checkpoints" / "6" / "params")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for pair in ((run / "checkpoints" / "6", run), (run, run / "checkpoints" / "6")):
+        line = one_line(t5x("checkpoint", "diff", *pair), 1)
+        assert f"checkpoints/6 is damaged: {file.relative_to(run / 'checkpoints' / '6')} has changed" in line
+
+
+@pytest.mark.parametrize("record", ["[]", '{"loss": "x"}', '{"time": []}', '{"fingerprints": null}', '{"other": 1}'])
+def test_a_record_of_other_types_is_damage(t5x, run: Path, record: str) -> None:
+    (run / "checkpoints" / "6" / checkpoint_files.RECORD).write_text(record)
+    status, out, _ = t5x("checkpoint", "list", run)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["2", "4", "6", "7"]
+    assert "checkpoint.json has changed" in one_line(t5x("checkpoint", "verify", run / "checkpoints" / "6"), 1)
+    with pytest.raises(UnreadableCheckpoint, match=r"checkpoint\.json cannot be read"):
+        checkpoint_files.read_record(run / "checkpoints" / "6")
+
+
 def write(path: Path, **changed: Any) -> Path:
     """Writes parameters alone, as an imported model has them."""
     path.parent.mkdir(parents=True)
@@ -244,7 +265,9 @@ def test_diff_of_other_shapes_dtypes_and_no_numbers(t5x, tmp_path: Path) -> None
 def test_wrong_paths_are_one_line(t5x, run: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert "does not exist" in one_line(t5x("checkpoint", "list", nowhere), 2)
-    assert "holds no checkpoints" in one_line(t5x("checkpoint", "list", tmp_path), 2)
+    assert "holds no checkpoint" in one_line(t5x("checkpoint", "list", tmp_path), 2)
+    (tmp_path / "file").touch()
+    assert "file' is a file; give a run directory" in one_line(t5x("checkpoint", "list", tmp_path / "file"), 2)
     assert "does not exist" in one_line(t5x("checkpoint", "verify", nowhere), 2)
     assert "steps that are there: 2, 4, 6, 7" in one_line(t5x("checkpoint", "verify", run / "checkpoints" / "3"), 2)
     assert "holds no checkpoint" in one_line(t5x("checkpoint", "diff", run, tmp_path), 2)

@@ -12,7 +12,7 @@ import pytest
 from t5x_lite import sharding
 from t5x_lite.models import TransformerConfig, build, preset
 from t5x_lite.nn import feed_forward
-from t5x_lite.training.diagnosis import Finding, diagnose
+from t5x_lite.training.diagnosis import Finding, diagnose, first_update
 
 Change = Callable[[Any], None]
 
@@ -137,6 +137,15 @@ def test_the_scale_of_the_loss_is_part_of_the_step(diagnosed: Callable[..., Find
     # The head's own gradient still fits into a float32; times the kernel it does not.
     finding = diagnosed(plant, scale=1e37)
     assert (finding.kind, finding.name) == ("gradient", "decoder/final_norm")
+
+
+def test_the_module_whose_update_is_not_finite() -> None:
+    norms = {"update_norm": np.inf, "update_norm/embedding": 1.0, "gradient_norm/embedding": np.nan}
+    both = norms | {"update_norm/head": np.nan, "update_norm/decoder/layers/mlp": np.inf}
+    assert first_update(both) == Finding("update", "decoder/layers/mlp", None, "inf")  # it comes before the head
+    # Squares of numbers below 1.8e19 fit into a float32, their sum may not.
+    together = norms | {"update_norm/head": 1.5e19, "update_norm/decoder/layers/mlp": 1.2e19}
+    assert str(first_update(together)).endswith("the norm of the update of head is 1.5e+19")
 
 
 def test_other_families(diagnosed: Callable[..., Finding]) -> None:

@@ -46,6 +46,17 @@ def test_the_window(
     assert calls == expected
 
 
+def test_a_trace_that_is_given_up_is_written_when_the_next_begins(calls: list[str], tmp_path: Path) -> None:
+    first = Profiler(tmp_path, range(2, 9))
+    with first.step(2):
+        first.close(give_up=True)
+    first.close()
+    assert calls == ["start profile"]
+    run(Profiler(tmp_path, range(1, 2)), 1, 1, calls)
+    run(Profiler(tmp_path, range(1, 2)), 1, 1, calls)
+    assert calls == ["start profile", "stop", *2 * ["start profile", "1", "stop", "ended"]]
+
+
 def test_a_trace_is_written_and_names_the_steps(tmp_path: Path) -> None:
     step = jax.jit(lambda x: x @ x)
     x = jnp.ones((32, 32))

@@ -42,3 +42,16 @@ def test_what_training_follows_from_may_not_change(begun) -> None:
     for setting in ("data.packing=true", "data.prefix=x", "train.batch_size=8", "data.on_error=skip"):
         with pytest.raises(InputError, match=f"holds a run with {setting.split('=')[0]}="):
             begun([], [setting])
+
+
+def test_what_cannot_be_a_run_directory(tmp_path: Path) -> None:
+    def refused(out: Path) -> str:
+        with pytest.raises(InputError) as error, run_directory.lock(out):
+            pass
+        return str(error.value)
+
+    (tmp_path / "file").touch()
+    (tmp_path / "config.yaml").touch()
+    assert refused(tmp_path / "file") == f"out={tmp_path}/file cannot be a run directory: File exists"
+    assert "cannot be a run directory: " in refused(Path("/proc/nowhere/run"))
+    assert f"holds the checkpoints of the run '{tmp_path}'" in refused(tmp_path / "checkpoints")

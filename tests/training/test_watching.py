@@ -17,6 +17,7 @@ from t5x_lite.sharding import make_mesh
 from t5x_lite.training import loop, watching
 from t5x_lite.training.loop import Observer, train
 from t5x_lite.training.monitor import EventLog, read_events, read_metrics
+from t5x_lite.training.scalars import Scalars
 from t5x_lite.training.watching import Watch
 
 PAGE = Path(__file__).parents[2] / "docs" / "watching_a_run.md"
@@ -185,12 +186,33 @@ def test_a_run_that_skips_a_step_says_where_it_went_wrong_traces_and_tells_other
         return put_batch(mesh, batch)
 
     monkeypatch.setattr(loop.sharding, "put_batch", spoilt)
+    make_train_step = loop.make_train_step
+
+    def spoiling(*args: Any, **kwargs: Any) -> Any:
+        step = make_train_step(*args, **kwargs)
+
+        def call(state: Any, batch: Any) -> Any:
+            state, metrics = step(state, batch)
+            if int(state.step) == 2:  # as if the optimizer had led these two modules too far
+                far = dict.fromkeys(("update_norm", "update_norm/head", "update_norm/decoder/layers/mlp"), np.inf)
+                metrics = Scalars.of({**metrics, **far, "finite": 0.0})
+            return state, metrics
+
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", spoiling)
     notes = Notes()
     out = tmp_path / "run"
     settings = ["train.steps=4", "train.checkpoint_every=0", "train.nonfinite=skip", "train.wandb=letters"]
     train(resolve(None, [*tiny_settings, *settings, "train.profile=2:3", f"out={out}"]).config, notes)
 
-    (skipped,) = (event for event in read_events(out) if event["event"] == "skipped")
+    far, skipped = (event for event in read_events(out) if event["event"] == "skipped")
+    details = {"step": 2, "kind": "update", "module": "decoder/layers/mlp", "value": "inf"}
+    assert {name: far[name] for name in details} == details
+    assert any(
+        "step 2 was skipped: the norm of the update is inf; loss and gradients are finite" in note
+        for note in notes.notes
+    )
     details = {"step": 3, "kind": "batch", "module": "decoder_loss_weights", "value": "nan"}
     assert {name: skipped[name] for name in details} == details
     assert any(
