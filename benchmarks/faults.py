@@ -207,7 +207,7 @@ class Run:
         text = self.log(index).read_text(errors="replace")
         ugly = [word for word in UGLY if word in text]
         if ugly:
-            raise Wrong(f"process {index} printed '{ugly[0]}'")
+            raise Wrong(f"process {index} printed: {text[text.index(ugly[0]) :][:2000]}")
         return [line for line in text.splitlines() if line.startswith("t5x-lite: ")]
 
     def resumed_from(self) -> int:
