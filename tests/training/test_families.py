@@ -279,11 +279,16 @@ def runs() -> Runs:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_learns_the_same_on_a_mesh(name: str, runs: Runs) -> None:
-    alone, spread = runs(name, ""), runs(name, MESH)
-    losses = alone.metrics["loss"]
+def test_every_family_learns_on_a_mesh(name: str, runs: Runs) -> None:
+    losses = runs(name, MESH).metrics["loss"]
     assert len(losses) == STEPS
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
+
+
+# The others are those of `test_meshes.py`.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("t5", "bart", "gpt2", "bert", "llama")])
+def test_other_families_learn_the_same_on_one_device(name: str, runs: Runs) -> None:
+    alone, spread = runs(name, ""), runs(name, MESH)
     # Sums in another order. Of 30 steps, and 14 families, 3e-6 was the largest seen.
     for metric in spread.metrics.keys() - {"accuracy"}:
         # AdamW steps as far where a gradient is nothing but rounding: that of the keys' biases, or of what adds as much
@@ -308,8 +313,8 @@ def test_what_a_step_counts(runs: Runs) -> None:
 
 
 def test_dropout_is_on_where_it_is_asked_for(runs: Runs) -> None:
-    # The runs of one seed are equal on both layouts, see above: so are the random bits.
-    first, without = (runs(name, "").metrics["loss"][0] for name in (DROPPING, "gpt2"))
+    # With dropout the runs of one seed are equal on both layouts, see above: so are the random bits.
+    first, without = (runs(name, MESH).metrics["loss"][0] for name in (DROPPING, "gpt2"))
     assert abs(first - without) > 1e-3
 
 
