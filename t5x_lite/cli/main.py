@@ -83,11 +83,11 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {line} (--traceback shows where)", 1
 
 
-def _print_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _print_unraisable(unraisable: Any) -> None:
     # When a save has failed, TensorStore reports the other writes that end, from threads of its own, to an event loop
     # that Orbax has closed by then. The failure itself is raised, and said in a line.
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _print_warning(message: Warning | str, *details: Any) -> None:
@@ -131,5 +131,5 @@ def _run(argv: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore", module="(jax|orbax|tensorboardX|flax)")
     warnings.showwarning = _print_warning
-    sys.excepthook = _print_exception
+    sys.unraisablehook = _print_unraisable
     return module.run(command.parse_intermixed_args(rest))

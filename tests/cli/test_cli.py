@@ -203,6 +203,25 @@ def test_a_full_disk_outside_a_save(t5x, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_refused(t5x("doctor"), "No space left on device (metrics.jsonl)", "free some space")
 
 
+def test_what_tensorstore_reports_late_is_not_printed(t5x, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    import tensorstore
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # a command replaces it, for good
+    assert t5x("config", "show")[0] == 0
+
+    def report(message: str) -> str:
+        def fail(future: object) -> None:
+            raise RuntimeError(message)
+
+        promise, future = tensorstore.Promise.new()
+        future.add_done_callback(fail)
+        promise.set_result(0)
+        return capfd.readouterr().err
+
+    assert report("Event loop is closed") == ""
+    assert "RuntimeError: something else" in report("something else")
+
+
 def test_more_spans_than_sentinels(t5x, tiny_settings: list[str], tmp_path: Path) -> None:
     settings = [*tiny_settings, "tokenizer=bytes", "train.input_length=256", f"out={tmp_path}/run"]
     assert_refused(t5x("train", *settings), "14", "11", "mean_span_length")
