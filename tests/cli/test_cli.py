@@ -203,7 +203,7 @@ def test_a_full_disk_outside_a_save(t5x, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_refused(t5x("doctor"), "No space left on device (metrics.jsonl)", "free some space")
 
 
-def test_what_tensorstore_reports_late_is_not_printed(t5x, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_what_tensorstore_reports_late_is_not_printed(t5x, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     import tensorstore
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # a command replaces it, for good
@@ -216,7 +216,7 @@ def test_what_tensorstore_reports_late_is_not_printed(t5x, monkeypatch: pytest.M
         promise, future = tensorstore.Promise.new()
         future.add_done_callback(fail)
         promise.set_result(0)
-        return capfd.readouterr().err
+        return capsys.readouterr().err
 
     assert report("Event loop is closed") == ""
     assert "RuntimeError: something else" in report("something else")
