@@ -115,14 +115,16 @@ def _kernel_first(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
+def _dot(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
     over = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x, kernel, over, preferred_element_type=dtype)
 
 
+_product = jax.custom_vjp(_dot, nondiff_argnums=(2, 3))
+
+
 def _product_fwd(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, Any]:
-    return _product(x, kernel, axis, dtype), (x, kernel)
+    return _dot(x, kernel, axis, dtype), (x, kernel)  # `_product` would hide the product from a policy of remat
 
 
 def _product_bwd(axis: int, dtype: Any, factors: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:

