@@ -76,7 +76,7 @@ def generate_records(
 
     def refusal(line: Line) -> str:
         try:
-            lm.check_input(line.values[0], **settings)
+            lm.check_input(line.values[0], draft=draft, **settings)
         except InputError as error:
             return _reason(error)
         return ""

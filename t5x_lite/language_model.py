@@ -13,6 +13,7 @@ from t5x_lite import sharding
 from t5x_lite.data.objectives import Example
 from t5x_lite.data.packing import Layout, decoder_batch
 from t5x_lite.data.tokenizers import Tokenizer
+from t5x_lite.decoding.batches import checked
 from t5x_lite.decoding.buckets import bucket, length_bucket, padded
 from t5x_lite.decoding.generate import Decoder, Generated
 from t5x_lite.decoding.generation_config import GenerationConfig
@@ -20,7 +21,8 @@ from t5x_lite.decoding.speculative import Speculator
 from t5x_lite.decoding.stopping import stop_table
 from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
-from t5x_lite.models.transformer import Batch, Transformer, decoder_segments, encoder_segments
+from t5x_lite.models.t5 import tokens_in_use
+from t5x_lite.models.transformer import Batch, Transformer
 
 
 class Scores(NamedTuple):
@@ -54,7 +56,8 @@ class LanguageModel:
 
     Attributes:
       model: the Flax module.
-      tokenizer: None if the checkpoint had none; then only `generate_tokens` works.
+      tokenizer: None if the checkpoint had none; then only `generate_tokens` works. Ids that are none of its tokens,
+        or without it padding of T5's vocabulary, are never generated.
       mesh: where it computes.
       checkpoint: what it was loaded from, if it was.
       generation: the checkpoint's own settings of `GenerationConfig`.
@@ -102,9 +105,16 @@ class LanguageModel:
         """Returns how the model generates: its checkpoint's own settings, and over them fields of `GenerationConfig`.
 
         Raises:
-          InputError: an unknown field, a value that is not allowed, or two that contradict each other.
+          InputError: an unknown field, a value that is not allowed, or two that contradict each other or the model.
         """
-        return GenerationConfig.from_settings(settings, self.generation)
+        config = GenerationConfig.from_settings(settings, self.generation)
+        start = settings.get("decoder_start_token_id")
+        if start is not None and not self.config.num_encoder_layers:
+            raise InputError(
+                f"decoder_start_token_id {start} needs a model with an encoder: a decoder alone begins with its prompt"
+            )
+        self._check_config(config)
+        return config
 
     def generate(
         self,
@@ -126,7 +136,8 @@ class LanguageModel:
             `num_return_sequences` there are that many answers to a text, one after the other.
 
         Raises:
-          InputError: a setting that is not allowed, or a text that is too long or, where it is the prompt, empty.
+          InputError: a setting that is not allowed, a draft that does not fit the model, or a text that is too long for
+            either or, where it is the prompt, empty.
         """
         answers = self.generate_scored(
             texts, batch_size=batch_size, max_input_tokens=max_input_tokens, draft=draft, **settings
@@ -160,7 +171,8 @@ class LanguageModel:
         config = self.generation_config(**settings)
         if max_input_tokens is not None:
             _check_at_least_one("max_input_tokens", max_input_tokens)
-        inputs = [self._input(text, config, max_input_tokens) for text in texts]
+        self.check_draft(draft, **settings)
+        inputs = [self._input(text, config, draft, max_input_tokens) for text in texts]
         numbers = _row_numbers(row_ids, len(texts))
         # Texts of like length are decoded together.
         order = sorted(range(len(texts)), key=lambda index: len(inputs[index]))
@@ -192,22 +204,26 @@ class LanguageModel:
           draft: as `generate`.
 
         Raises:
-          InputError: an encoder alone, prompts that are not padded on the right, or an input or a prompt with new
-            tokens that take more positions than the model has.
+          InputError: an encoder alone, a batch that is none, prompts that are not padded on the right, an input or a
+            prompt with new tokens that take more positions than the model or the draft has, or a draft that does not
+            fit the model.
         """
-        config = config or self.generation_config()
-        rows = self._check_batch(batch, config)
-        if draft is not None:
-            draft._check_batch(batch, config)
-        batch, row_ids = self._padded(batch, _row_numbers(row_ids, rows))
+        config = self.generation_config() if config is None else config
+        if not isinstance(config, GenerationConfig):
+            raise InputError(f"config must be a GenerationConfig, not {_shown(config)}")
+        self._check_config(config)
+        self._check_generates()
+        speculator = None if draft is None else self._speculator(config, draft)
+        arrays = self._check_batch(batch, config, draft)
+        rows = len(next(iter(arrays.values())))
+        arrays, row_ids = self._padded(arrays, _row_numbers(row_ids, rows))
         table = self._stop_table(config)
         decoder, params = self._decoding(config)
-        rest = batch, jnp.uint32(config.seed), row_ids, table
+        rest = arrays, jnp.uint32(config.seed), row_ids, table
         with jax.set_mesh(self.mesh):
-            if draft is None:
+            if speculator is None or draft is None:
                 out = self._generate(decoder, params, *rest)
             else:
-                speculator = self._speculator(decoder, draft)
                 out, _ = self._speculate(speculator, params, draft._decoding(config)[1], *rest)
         return jax.tree.map(lambda x: x[: rows * config.num_return_sequences], out)
 
@@ -234,9 +250,14 @@ class LanguageModel:
         batch = self._input_batch([self._input(text, config)])
         return self._pieces(batch, config, tokens_at_once, _row_numbers([row_id], 1))
 
-    def check_input(self, text: str, **settings: Any) -> None:
-        """Raises the InputError with which `generate` would refuse this text, if it would."""
-        self._input(text, self.generation_config(**settings))
+    def check_input(self, text: str, *, draft: "LanguageModel | None" = None, **settings: Any) -> None:
+        """Raises the InputError with which `generate` would refuse this text with a draft that fits, if it would."""
+        self._input(text, self.generation_config(**settings), draft)
+
+    def check_draft(self, draft: "LanguageModel | None", **settings: Any) -> None:
+        """Raises the InputError with which `generate` would refuse this draft, if any, whatever the text."""
+        if draft is not None:
+            self._speculator(self.generation_config(**settings), draft)
 
     def score(self, inputs: Sequence[str], targets: Sequence[str], *, batch_size: int = 32) -> Scores:
         """Returns the log-likelihood of each target given its input.
@@ -262,7 +283,10 @@ class LanguageModel:
                 )
             else:
                 encode = self.require_tokenizer().encode
-                batch = self._decoder_batch([(self._prompt(source, True), encode(target)) for source, target in part])
+                # The last token is not read.
+                batch = self._decoder_batch(
+                    [(self._prompt(source, True), encode(target)) for source, target in part], 1
+                )
             rows = min(batch_size, len(inputs) - start)
             with jax.set_mesh(self.mesh):
                 scores = _log_likelihood(self.model, self.params, batch)
@@ -310,14 +334,19 @@ class LanguageModel:
     def _decoding(self, config: GenerationConfig) -> tuple[Decoder, Any]:
         if self._unstacked is None:
             self._unstacked = self.model.unstacked(self.params)
-        vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
-        return Decoder(self.model, config, vocab_size).without_seed(), self._unstacked
+        return self._decoder(config), self._unstacked
 
-    def _speculator(self, decoder: Decoder, draft: "LanguageModel") -> Speculator:
+    def _decoder(self, config: GenerationConfig) -> Decoder:
+        vocab_size = self.tokenizer.vocab_size if self.tokenizer else tokens_in_use(self.config)
+        return Decoder(self.model, config, vocab_size).without_seed()
+
+    def _speculator(self, config: GenerationConfig, draft: "LanguageModel") -> Speculator:
+        if not isinstance(draft, LanguageModel):
+            raise InputError(f"draft must be a LanguageModel, not {_shown(draft)}")
         if draft.mesh != self.mesh:
             there, here = sharding.describe(draft.mesh), sharding.describe(self.mesh)
             raise InputError(f"the draft model is on mesh {there}, the model on {here}")
-        return Speculator(decoder, draft.model)
+        return Speculator(self._decoder(config), draft.model)
 
     def _stop_table(self, config: GenerationConfig) -> jax.Array | None:
         texts = config.stop_strings
@@ -356,14 +385,20 @@ class LanguageModel:
         room = None if limit is None else max(limit - len(prefix) - len(suffix), 0)
         return [*prefix, *tokenizer.encode(text)[:room], *suffix]
 
-    def _input(self, text: str, config: GenerationConfig, limit: int | None = None) -> list[int]:
+    def _input(
+        self,
+        text: str,
+        config: GenerationConfig,
+        draft: "LanguageModel | None" = None,
+        limit: int | None = None,
+    ) -> list[int]:
         _check_texts("generate", [text])
         self._check_generates()
         has_encoder = bool(self.config.num_encoder_layers)
         tokens = self._framed(text, limit=limit) if has_encoder else self._prompt(text)[:limit]
         self._check_ids(tokens)
-        source, prompt = (len(tokens), 1) if self.config.num_encoder_layers else (0, len(tokens))
-        self._check_lengths(source, prompt, config)
+        source, prompt = (len(tokens), 1) if has_encoder else (0, len(tokens))
+        self._check_lengths(source, prompt, config, draft)
         return tokens
 
     def _input_batch(self, inputs: Sequence[list[int]]) -> dict[str, np.ndarray]:
@@ -380,39 +415,36 @@ class LanguageModel:
             raise InputError("an empty text is no prompt for this model: its texts begin with no special token")
         return prompt or [self.config.decoder_start_id]
 
-    def _padded(self, batch: Batch, row_ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        batch = padded(batch, self.config, sharding.batch_ways(self.mesh))
-        below = len(next(iter(batch.values()))) - len(row_ids)
-        return batch, np.pad(row_ids, (0, below), mode="edge")
+    def _padded(self, batch: Mapping[str, Any], row_ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        arrays = padded(batch, self.config, sharding.batch_ways(self.mesh))
+        below = len(next(iter(arrays.values()))) - len(row_ids)
+        return arrays, np.pad(row_ids, (0, below), mode="edge")
 
-    def _check_batch(self, batch: Batch, config: GenerationConfig) -> int:
-        """Returns the number of rows."""
-        self._check_generates()
-        needed = f"{'encoder' if self.config.num_encoder_layers else 'decoder'}_input_tokens"
-        if needed not in batch:
-            raise InputError(f"the batch needs {needed}, it has {', '.join(batch) or 'nothing'}")
-        start = np.full((1, 1), self.config.decoder_start_id, np.int32)  # of a side that is not there
-        given = {"encoder_input_tokens": start, "decoder_input_tokens": start, **batch}
-        self._check_ids(*(given[f"{side}_input_tokens"] for side in ("encoder", "decoder")))
-        sources = np.asarray(encoder_segments(given, self.config.pad_id))
-        prompts = np.asarray(decoder_segments(given, self.config.pad_id))
-        if np.any(prompts[:, 1:] > prompts[:, :-1]):
-            raise InputError("decoder_segment_ids rise within a row; prompts are padded on the right, with 0")
-        if np.any(prompts[:, :1] == 0):
-            raise InputError(
-                f"the prompt of row {int(np.argmin(prompts[:, 0]))} is empty: its decoder_segment_ids are 0"
-            )
+    def _check_config(self, config: GenerationConfig) -> None:
         ids = config.decoder_start_token_id, config.forced_bos_token_id, config.forced_eos_token_id
         self._check_ids([token for token in (*ids, *config.end_ids(())) if token is not None])
-        source, prompt = (int(np.max(np.sum(segments > 0, axis=1))) for segments in (sources, prompts))
-        self._check_lengths(source, prompt, config)
-        return len(batch[needed])
+        size = self._decoder(config).vocab_size or self.config.vocab_size
+        if {*config.suppress_tokens, *config.begin_suppress_tokens}.issuperset(range(size)):
+            raise InputError(f"suppress_tokens and begin_suppress_tokens leave none of the {size} ids to generate")
 
-    def _check_lengths(self, source: int, prompt: int, config: GenerationConfig) -> None:
-        for length in (source, prompt):
-            self._check_length(length, f"the {length} tokens of a text")
-        # The last token is not read again.
-        self._check_length(prompt + config.max_new_tokens - 1, f"max_new_tokens {config.max_new_tokens} and the prompt")
+    def _check_batch(
+        self, batch: Batch, config: GenerationConfig, draft: "LanguageModel | None"
+    ) -> dict[str, np.ndarray]:
+        """Returns the arrays of the batch."""
+        arrays, source, prompt = checked(batch, self.config)
+        self._check_ids(*(array for name, array in arrays.items() if name.endswith("_input_tokens")))
+        self._check_lengths(source, prompt, config, draft)
+        return arrays
+
+    def _check_lengths(self, source: int, prompt: int, config: GenerationConfig, draft: "LanguageModel | None") -> None:
+        for lm, name in ((self, "the model"), (draft, "the draft model")):
+            if lm is None:
+                continue
+            for length in (source, prompt):
+                lm._check_length(length, f"the {length} tokens of a text", name)
+            # The last token is not read again.
+            ends = prompt + config.max_new_tokens - 1
+            lm._check_length(ends, f"max_new_tokens {config.max_new_tokens} and the prompt", name)
 
     def _check_ids(self, *tokens: Any) -> None:
         for ids in tokens:
@@ -426,16 +458,16 @@ class LanguageModel:
         if not self.config.num_decoder_layers:
             raise InputError("the model has no decoder: it cannot predict what comes next")
 
-    def _check_length(self, length: int, what: str) -> None:
+    def _check_length(self, length: int, what: str, name: str = "the model") -> None:
         limit = self.config.max_positions
         if self.config.positions == "learned" and length > limit:
-            raise InputError(f"{what} take {length} positions, but the model has {limit}")
+            raise InputError(f"{what} take {length} positions, but {name} has {limit}")
 
-    def _length(self, sequences: Sequence[Sequence[int]]) -> int:
+    def _length(self, sequences: Sequence[Sequence[int]], unread: int = 0) -> int:
         self._check_ids(*sequences)
         longest = max(len(sequence) for sequence in sequences)
-        self._check_length(longest, f"the {longest} tokens of a text")
-        return length_bucket(longest, self.config)
+        self._check_length(longest - unread, f"the {longest} tokens of a text")
+        return length_bucket(longest - unread, self.config)
 
     def _pairs_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, np.ndarray]:
         layout = self._layout([source for source, _ in pairs], [target for _, target in pairs])
@@ -454,13 +486,10 @@ class LanguageModel:
             self.config.decoder_start_id,
         )
 
-    def _decoder_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, np.ndarray]:
-        return decoder_batch(
-            pairs,
-            rows=self._rows(pairs),
-            length=self._length([[*prompt, *target] for prompt, target in pairs]),
-            pad_id=self.config.fill_id,
-        )
+    def _decoder_batch(self, pairs: Sequence[tuple[list[int], list[int]]], unread: int = 0) -> Mapping[str, np.ndarray]:
+        length = self._length([[*prompt, *target] for prompt, target in pairs], unread)
+        whole = decoder_batch(pairs, rows=self._rows(pairs), length=length + unread, pad_id=self.config.fill_id)
+        return {name: array[:, :length] for name, array in whole.items()}
 
     def _rows(self, examples: Sequence[Any]) -> int:
         return bucket(len(examples), sharding.batch_ways(self.mesh))
@@ -471,7 +500,11 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
         raise InputError(f"{name} takes a list of texts: [{texts[:40]!r}], not {texts[:40]!r}")
     for text in texts:
         if not isinstance(text, str):
-            raise InputError(f"{name} takes texts, not {str(text)[:40]} ({type(text).__name__})")
+            raise InputError(f"{name} takes texts, not {_shown(text)}")
+
+
+def _shown(value: Any) -> str:
+    return f"{' '.join(str(value).split())[:40]} ({type(value).__name__})"
 
 
 def _check_at_least_one(name: str, value: int) -> None:

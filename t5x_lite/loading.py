@@ -40,7 +40,7 @@ def load(
     Args:
       path: a run directory; one of its checkpoints, `run/checkpoints/1000`; a Hugging Face directory, with
         safetensors or `pytorch_model.bin`; or a T5X or Mesh TensorFlow checkpoint of the T5 family.
-      dtype: of computation and parameters, float32 or bfloat16.
+      dtype: of computation and parameters, float32, bfloat16 or float16.
       mesh: a mesh or its description, such as `model:8`; by default one device.
       quantization: int8 makes the large matrices int8 once they are loaded, see `models.quantization`.
       allow_missing: patterns such as `classifier/*` of parameters that a Hugging Face file may lack; they are drawn
@@ -57,7 +57,7 @@ def load(
     run = configuration.run_directory(path)
     ours = (run / "config.yaml").exists()
     if not ours and not checkpoints.is_foreign(path):
-        raise InputError(f"{path} is not a run directory (it has no config.yaml), nor {checkpoints.KINDS}")
+        raise InputError(f"'{path}' is not a run directory (it has no config.yaml), nor {checkpoints.KINDS}")
     if ours and (allow_missing or allow_unused):
         raise InputError(f"allow_missing and allow_unused are for Hugging Face directories; {path} is a run of ours")
     if config is None:

@@ -1,5 +1,6 @@
 """The friendly face of a trained run."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 import t5x_lite
 from t5x_lite import LanguageModel
 from t5x_lite.errors import InputError
+from t5x_lite.models import build, preset
+from t5x_lite.models.t5 import tokens_in_use
+from t5x_lite.sharding import make_mesh
 
 TEXTS = ["the cat <extra_id_0> the letters in winter.", "nobody <extra_id_0> at night.", "every student <extra_id_0>"]
 
@@ -76,6 +80,28 @@ def test_never_emits_an_id_the_tokenizer_does_not_know(lm: LanguageModel) -> Non
     ).tokens
     free = lm.generate_tokens(batch, t5x_lite.GenerationConfig(max_new_tokens=8)).tokens
     assert int(tokens.max()) < 200 <= int(free.max())  # sentinels, ids 284 and up, are what it would rather say
+
+
+def test_what_is_padding_in_a_published_vocabulary() -> None:
+    sizes = {"flan-t5-small": 32100, "mt5-small": 250100, "umt5-small": 256300, "byt5-small": None, "gpt2": None}
+    assert {name: tokens_in_use(preset(name)) for name in sizes} == sizes
+
+
+def test_the_padding_of_t5_s_vocabulary_is_never_generated(tiny_config: Any, random_params: Any) -> None:
+    batch = {"encoder_input_tokens": np.full((2, 5), 7, np.int32)}
+    few = t5x_lite.GenerationConfig(max_new_tokens=3)
+    for size, family, least in ((32128, "t5", 0), (32127, "t5", 32100), (32128, "bart", 32100)):
+        config = dataclasses.replace(
+            tiny_config, vocab_size=size, family=family, num_encoder_layers=1, num_decoder_layers=1
+        )
+        params = random_params(config)
+        params["head"]["kernel"][:, 32100:] *= 100.0  # what it would say if it might
+        tokens = (
+            LanguageModel(build(config), params, None, make_mesh("data:1", jax.devices()[:1]))
+            .generate_tokens(batch, few)
+            .tokens
+        )
+        assert least <= int(tokens.min()) <= int(tokens.max()) < (size if least else 32100)
 
 
 def test_errors(lm: LanguageModel, tmp_path: Path) -> None:
@@ -181,7 +207,7 @@ def test_a_stop_string_ends_the_answer(lm: LanguageModel) -> None:
 def test_what_cannot_be_generated_is_said_in_one_line(lm: LanguageModel) -> None:
     for settings, message in (
         ({"num_beams": 0}, "num_beams must be at least 1, not 0"),
-        ({"temperature": 0.0, "do_sample": True}, "temperature must be above 0"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature must be 1e-30 to 1e30"),
         ({"temperature": 0.5}, "temperature 0.5 needs do_sample=True"),
         ({"num_beams": 4, "do_sample": True}, "num_beams 4 and do_sample=True exclude each other"),
         ({"num_beam": 4}, "'num_beam' is unknown; did you mean 'num_beams'"),
@@ -218,11 +244,46 @@ def test_bad_calls_are_refused_in_one_line(lm: LanguageModel) -> None:
     ):
         with pytest.raises(InputError, match=message):
             lm.generate_tokens(batch)
+    for given, message in (
+        ([tokens], "a batch must be a dict of arrays, not a list"),
+        (
+            {"encoder_input_token": tokens},
+            r"the batch has 'encoder_input_token', allowed: .*mean 'encoder_input_tokens",
+        ),
+        (
+            {"encoder_segment_ids": tokens[:, :4]},
+            r"encoder_segment_ids .* encoder_input_tokens, \[2, 5\], not \[2, 4\]",
+        ),
+        ({"encoder_segment_ids": tokens[:1]}, r"encoder_segment_ids .* encoder_input_tokens, \[2, 5\], not \[1, 5\]"),
+        ({"decoder_segment_ids": tokens}, "decoder_segment_ids needs decoder_input_tokens, which the batch has not"),
+        ({"decoder_input_tokens": start[:1]}, "decoder_input_tokens has 1 rows, but encoder_input_tokens has 2"),
+        ({"decoder_input_tokens": start[:, :0]}, r"decoder_input_tokens .* both at least 1, not \[2, 0\]"),
+        ({"encoder_input_tokens": tokens[:0]}, r"encoder_input_tokens .* both at least 1, not \[0, 5\]"),
+        ({"encoder_input_tokens": tokens[0]}, r"encoder_input_tokens must be \[rows, length\], .* not \[5\]"),
+        ({"encoder_input_tokens": tokens[None]}, r"encoder_input_tokens must be .* not \[1, 2, 5\]"),
+        ({"encoder_input_tokens": [[5, 6], [7]]}, r"encoder_input_tokens must be .* its rows have different lengths"),
+        ({"encoder_input_tokens": tokens * 1.0}, "encoder_input_tokens must be whole numbers, not float64"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            lm.generate_tokens({"encoder_input_tokens": tokens} | given if isinstance(given, dict) else given)
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(InputError, match=r"config must be a GenerationConfig, not {'num_beams': 2} \(dict\)"):
+        lm.generate_tokens({"encoder_input_tokens": tokens}, {"num_beams": 2})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"draft must be a LanguageModel, not a run \(str\)"):
+        lm.generate_tokens({"encoder_input_tokens": tokens}, draft="a run")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="row_ids must be 2 numbers, one for each row, not 3"):
         lm.generate_tokens({"encoder_input_tokens": tokens}, row_ids=[0, 1, 2])
     for name in ("decoder_start_token_id", "eos_token_id", "forced_bos_token_id"):
         with pytest.raises(InputError, match="token id 100000: the model has embeddings for 384"):
             lm.generate(TEXTS, **{name: 100000})
+        with pytest.raises(InputError, match="token id 100000: the model has embeddings for 384"):
+            lm.stream(TEXTS[0], **{name: 100000})
+    every: Any = [*range(384)]
+    for settings in ({"suppress_tokens": every}, {"suppress_tokens": every[5:], "begin_suppress_tokens": every[:5]}):
+        with pytest.raises(InputError, match="suppress_tokens and begin_suppress_tokens leave none of the 384 ids"):
+            lm.generate(TEXTS, **settings)
+        with pytest.raises(InputError, match="leave none of the 384 ids"):
+            lm.generate_tokens({"encoder_input_tokens": tokens}, t5x_lite.GenerationConfig(**settings))
     for size in (0, -1):
         for call in (lm.generate, lm.embed, lambda texts, batch_size: lm.score(texts, texts, batch_size=batch_size)):
             with pytest.raises(InputError, match=f"batch_size must be at least 1, not {size}"):

@@ -270,14 +270,15 @@ def test_texts_have_to_fit_the_position_table(open_published: Callable[[str], La
         tokenizer = lm.require_tokenizer()
         size = len(tokenizer.prefix_ids) + len(tokenizer.encode(long)) + len(tokenizer.suffix_ids)
         assert size > 40
-        calls = [lambda lm=lm: lm.embed(["ships", long])]
+        calls = [(lambda lm=lm: lm.embed(["ships", long]), size)]
         if name != "bert":
+            unread = name == "gpt2"  # the last token of a target, which nothing follows
             calls += [
-                lambda lm=lm: lm.generate(["ships", long], max_new_tokens=2),
-                lambda lm=lm: lm.score([long], [""]),
+                (lambda lm=lm: lm.generate(["ships", long], max_new_tokens=2), size),
+                (lambda lm=lm: lm.score([long], [""]), size - unread),
             ]
-        for call in calls:
-            with pytest.raises(InputError, match=f"the {size} tokens of a text take {size} positions, .* has 40"):
+        for call, read in calls:
+            with pytest.raises(InputError, match=f"the {size} tokens of a text take {read} positions, .* has 40"):
                 call()
     prompt = len(open_published("gpt2").require_tokenizer().encode(TEXTS[0]))
     with pytest.raises(InputError, match=f"max_new_tokens 40 and the prompt take {prompt + 39} positions, .* has 40"):
@@ -298,6 +299,13 @@ def test_padding_of_a_prompt_is_known_by_its_id() -> None:
     few = GenerationConfig(max_new_tokens=4)
     alone, padded = (lm.generate_tokens({**source, "decoder_input_tokens": prompt}, few) for prompt in prompts)
     np.testing.assert_array_equal(alone.tokens, padded.tokens)
+
+
+def test_a_prompt_of_no_tokens_is_refused() -> None:
+    with pytest.raises(InputError, match=r"decoder_input_tokens must be \[rows, length\], .*, not \[2, 0\]"):
+        open_fixture("gpt2").generate_tokens(
+            {"decoder_input_tokens": np.zeros((2, 0), np.int32)}, GenerationConfig(max_new_tokens=2)
+        )
 
 
 def test_ids_that_the_model_has_no_embedding_for() -> None:

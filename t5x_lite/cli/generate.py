@@ -11,6 +11,8 @@ from t5x_lite.cli.inputs import (
     add_model_arguments,
     batches,
     check_at_least_one,
+    check_fields,
+    check_not_empty,
     given_lines,
     load_model,
     report_failure,
@@ -30,16 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_model_arguments(parser)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="inputs; without any, one a line from stdin")
-    parser.add_argument("--draft", default="", metavar="RUN", help="a smaller model that proposes tokens, to save time")
+    parser.add_argument("--draft", metavar="RUN", help="a smaller model that proposes tokens, to save time")
     parser.add_argument("--stream", action="store_true", help="print the answer to one text as it comes")
     parser.add_argument("--json", action="store_true", help="print an object a line, with input, output and score")
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--input", default="", metavar="FILE", help=".txt (a text a line), .jsonl or .tsv; also with .gz"
-    )
-    files.add_argument("--field", default="", help=f"of .jsonl and .tsv (default: the first of {', '.join(_FIELDS)})")
+    files.add_argument("--input", metavar="FILE", help=".txt (a text a line), .jsonl or .tsv; also with .gz")
+    files.add_argument("--field", help=f"of .jsonl and .tsv (default: the first of {', '.join(_FIELDS)})")
     where = "results as JSON lines, in one file or in shards; the same command goes on where it was stopped"
-    files.add_argument("--output", default="", metavar="FILE.jsonl|DIR/", help=where)
+    files.add_argument("--output", metavar="FILE.jsonl|DIR/", help=where)
     files.add_argument("--shard-size", type=int, help="inputs written together to --output (default 1000)")
     _add_generation_options(parser)
 
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Generates, and prints one output a line, in the order of the inputs, or writes them to files."""
     _check(args)
     source = LineFile(args.input, [Column((args.field,) if args.field else _FIELDS)]) if args.input else None
+    if source:
+        check_fields(args, source, "field")
     given = [] if source else given_lines(args.texts)
     if args.stream and len(given) > 1:
         raise InputError(f"--stream takes one text, not {len(given)}")
@@ -58,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     lm = load_model(args, args.run, args.mesh)
     draft = load_model(args, args.draft, lm.mesh) if args.draft else None
     settings = _settings(args)
+    lm.check_draft(draft, **settings)
     sequences = lm.generation_config(**settings).num_return_sequences
     if source and output:
         return _write_file(args, source, output, lm, draft, settings)
     if len(given) == 1:
-        lm.check_input(given[0].values[0], **settings)
+        lm.check_input(given[0].values[0], draft=draft, **settings)
     if args.stream:
         for piece in lm.stream(given[0].values[0], **settings):
             print(piece, end="", flush=True)
@@ -82,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Raises InputError for arguments that mean nothing together."""
     check_at_least_one(args, "batch_size", "shard_size")
+    check_not_empty(args, "input", "field", "output", "draft")
     for name in ("output", "field"):
         if getattr(args, name) and not args.input:
             raise InputError(f"--{name} {getattr(args, name)} needs --input")
@@ -108,7 +112,7 @@ def _write_file(
     from t5x_lite.batch_inference import generate_file
     from t5x_lite.cli.line_progress import LineProgress
 
-    described = {name: getattr(args, name) for name in ("field", "dtype", "quantization")}
+    described = {"field": args.field or "", "dtype": args.dtype, "quantization": args.quantization}
     with LineProgress("generate", args.input) as observer:
         failed, count = generate_file(
             lm,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from t5x_lite.data.lines import Line, bare, read_line
+from t5x_lite.data.lines import Line, LineFile, bare, read_line
 from t5x_lite.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the model, how it is loaded, and how many inputs it takes at once."""
     parser.add_argument("run", metavar="RUN", help="a run, one of its checkpoints, or a Hugging Face directory")
     parser.add_argument("--batch-size", type=int, default=32, help="inputs in one batch (default 32)")
-    parser.add_argument("--dtype", default="float32", help="of the model: float32 or bfloat16 (default float32)")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the model: float32, bfloat16 or float16 (default float32)"
+    )
     parser.add_argument("--quantization", choices=["int8"], help="of the weights, a draft model's too; default: none")
     parser.add_argument("--mesh", default="", help="such as model:8; default: one device")
 
@@ -31,6 +33,21 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def check_not_empty(args: argparse.Namespace, *names: str) -> None:
+    """Raises InputError for an argument that is an empty text; one that is None was not given."""
+    for name in names:
+        if getattr(args, name) == "":
+            raise InputError(f"--{name.replace('_', '-')} must not be empty")
+
+
+def check_fields(args: argparse.Namespace, source: LineFile, *names: str) -> None:
+    """Raises InputError for the name of a field where the lines of the file have none."""
+    for name in names:
+        if getattr(args, name) and not source.has_fields:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise InputError(f"{flag} needs a .jsonl or .tsv file; --input {args.input} has a text a line")
 
 
 def load_model(args: argparse.Namespace, run: str, mesh: "str | Mesh") -> "LanguageModel":
@@ -62,7 +79,7 @@ def batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
         yield part
 
 
-def report_failure(record: Mapping[str, Any], path: str) -> bool:
+def report_failure(record: Mapping[str, Any], path: str | None) -> bool:
     """Says on stderr where and why, if the record is that of a line that failed; returns whether it is."""
     if "error" not in record:
         return False

@@ -126,8 +126,9 @@ def _run(argv: list[str]) -> int:
     command.set_defaults(action=words[-1])
     module.add_arguments(command, *words[1:])
     # Libraries underneath log and warn about matters of their own; ours are in notes and errors. Orbax logs what it
-    # raises as well, with a traceback, such as that a disk is full.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # raises as well, with a traceback, such as that a disk is full; and asyncio, if a second write of a save fails.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore", module="(jax|orbax|tensorboardX|flax)")
     warnings.showwarning = _print_warning

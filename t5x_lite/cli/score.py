@@ -10,6 +10,8 @@ from t5x_lite.cli.inputs import (
     add_model_arguments,
     batches,
     check_at_least_one,
+    check_fields,
+    check_not_empty,
     load_model,
     report_failure,
     status,
@@ -33,12 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_model_arguments(parser)
     parser.add_argument("texts", nargs="*", metavar="INPUT TARGET", help="an input and its target, or a text alone")
-    parser.add_argument(
-        "--input", default="", metavar="FILE", help=".txt (a text a line), .jsonl or .tsv; also with .gz"
-    )
+    parser.add_argument("--input", metavar="FILE", help=".txt (a text a line), .jsonl or .tsv; also with .gz")
     for side, names in (("inputs", _INPUTS), ("targets", _TARGETS)):
         default = f"default: the first of {', '.join(names)}"
-        parser.add_argument(f"--{side}-field", default="", metavar="NAME", help=f"of .jsonl and .tsv ({default})")
+        parser.add_argument(f"--{side}-field", metavar="NAME", help=f"of .jsonl and .tsv ({default})")
     parser.add_argument("--json", action="store_true", help="print an object a line, the last with the totals")
 
 
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Scores, and prints a line for each example in their order, and the totals."""
     _check(args)
     source = _open(args, "") if args.input else None
+    if source:
+        check_fields(args, source, "targets_field")
 
     from t5x_lite.batch_inference import scored
 
@@ -83,6 +85,7 @@ def _records(lm: "LanguageModel", args: argparse.Namespace, source: LineFile | N
 def _check(args: argparse.Namespace) -> None:
     """Raises InputError for arguments that mean nothing together, or for a text that is none."""
     check_at_least_one(args, "batch_size")
+    check_not_empty(args, "input", "inputs_field", "targets_field")
     if args.input and args.texts:
         raise InputError(f"--input {args.input} and the text {args.texts[0][:40]!r} exclude each other")
     if not args.input and len(args.texts) not in (1, 2):

@@ -83,6 +83,11 @@ class LineFile:
         self.sha256 = digest.hexdigest()
         self._header = self._read_header() if self._suffix in _TABLE else []
 
+    @property
+    def has_fields(self) -> bool:
+        """Whether the values of a line have names."""
+        return self._suffix not in _TEXT
+
     def read(self, start: int = 0) -> Iterator[Line]:
         """Yields the lines, without the first `start` of them."""
         records = (line for line in self._raw() if self._is_read(*line))

@@ -104,8 +104,12 @@ def parse_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"not a JSON object on one line ({getattr(error, 'msg', error)})") from None
     if not isinstance(record, dict):
-        raise InputError(f"a JSON {type(record).__name__}, not an object")
+        raise InputError(_not_an_object(record))
     return record
+
+
+def _not_an_object(record: object) -> str:
+    return f"a JSON {'null' if record is None else type(record).__name__}, not an object"
 
 
 class _Lines:
@@ -498,7 +502,7 @@ def _array_rows(lines: _Lines) -> Rows:
             if length > lines.limit:
                 raise InputError(lines.too_long())
             if not isinstance(record, dict):
-                raise InputError(f"a JSON {type(record).__name__}, not an object")
+                raise InputError(_not_an_object(record))
             _check_characters(record)
         except InputError as error:
             lines.bad(where, str(error))

@@ -169,12 +169,13 @@ _LEAST = {
     "num_assistant_tokens": 1,
     "seed": 0,
 }
+# Logits times or divided by these have to be float32 numbers, of which 1e-38 is about the smallest that is not 0.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: 0 < x < math.inf, "above 0 and finite (do_sample=False gives the most likely token)"),
-    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "temperature": (lambda x: 1e-30 <= x <= 1e30, "1e-30 to 1e30 (do_sample=False gives the most likely token)"),
+    "top_p": (lambda x: 1e-30 <= x <= 1, "1e-30 to 1"),
     "min_p": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    "typical_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0 and finite"),
+    "typical_p": (lambda x: 1e-30 <= x <= 1, "1e-30 to 1"),
+    "repetition_penalty": (lambda x: 1e-30 <= x <= 1e30, "1e-30 to 1e30"),
     "length_penalty": (math.isfinite, "finite"),
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -240,6 +241,11 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
     fine = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
     _need(fine, f"stop_strings must be a text or a list of texts, not {value!r}")
     _need("" not in texts, "stop_strings must not contain an empty text")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"stop_strings must be valid UTF-8, not {text[:40]!r}") from None
     return tuple(texts)
 
 

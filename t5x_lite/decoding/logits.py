@@ -73,14 +73,20 @@ def processors(
       forced_eos_id: the model's last token.
 
     Raises:
-      InputError: if a token is both forced and suppressed.
+      InputError: if a token is both forced and banned.
     """
     end_ids = config.end_ids(end_ids)
     bos = forced_bos_id if config.forced_bos_token_id is None else config.forced_bos_token_id
     eos = forced_eos_id if config.forced_eos_token_id is None else config.forced_eos_token_id
-    for forced in {bos, eos} & set(config.suppress_tokens):
-        raise InputError(f"suppress_tokens must not contain {forced}, which the model forces")
     words = tuple(word for word in config.bad_words_ids if word not in [(token,) for token in end_ids])
+    banned = {
+        "suppress_tokens": config.suppress_tokens,
+        "bad_words_ids": [word[0] for word in words if len(word) == 1],
+    }
+    for name, tokens in banned.items():
+        for forced, token in (("forced_bos_token_id", bos), ("forced_eos_token_id", eos)):
+            if token in tokens:
+                raise InputError(f"{name} must not contain {token}, which is the {forced}")
     chain: list[Processor] = []
     if vocab_size is not None:
         chain.append(Allowed(vocab_size))  # before what is forced, which may lie beyond the tokenizer's ids

@@ -14,7 +14,8 @@ class TransformerConfig:
     """Everything that distinguishes one Transformer from another. A family is a set of these values, not code.
 
     Attributes:
-      family: which published family it belongs to; decides nothing but the names its tensors have elsewhere.
+      family: which published family it belongs to; decides nothing but the names its tensors have elsewhere,
+        and which rows of T5's published vocabularies are padding.
       vocab_size: rows of the embedding table; may exceed the tokenizer's size (T5: 32,128 for 32,100 tokens).
       embed_dim: width of the residual stream (`d_model`).
       num_heads: attention heads.

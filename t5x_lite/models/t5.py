@@ -99,6 +99,16 @@ BUFFERS: tuple[str, ...] = (
 )  # in early files, unused
 
 
+# Rows of a published table, a multiple of 128, to tokens: pieces and sentinels. The vocabularies are T5's cc_all.32000
+# and 100, mT5's mc4.250000.100extra, and umT5's umt5.256000 and 300. ByT5 has no row too many, but 125 sentinels.
+_TOKENS = {32128: 32100, 250112: 250100, 256384: 256300}
+
+
+def tokens_in_use(config: TransformerConfig) -> int | None:
+    """Returns how many ids of a T5 with a published vocabulary are tokens, the rest being padding; None for others."""
+    return _TOKENS.get(config.vocab_size) if config.family == "t5" else None
+
+
 def from_huggingface(settings: Settings, names: Collection[str]) -> TransformerConfig:
     """Returns the configuration that a T5's config.json describes; see `registry.Family`."""
     kind = settings.get("model_type", "t5")

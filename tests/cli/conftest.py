@@ -35,12 +35,24 @@ def save_run(run: Path, model: TransformerConfig, params: Any) -> Path:
     return run
 
 
+def decoder(positions: int) -> TransformerConfig:
+    """Returns a GPT-2 whose texts begin with no token."""
+    ids = {"bos_id": None, "eos_id": 1, "decoder_start_id": 1}
+    return dataclasses.replace(PRESETS["gpt2"], **SMALL, **ids, max_positions=positions)
+
+
 @pytest.fixture(scope="session")
 def decoder_run(sharp_params: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 of 64 positions, whose texts begin with no token."""
-    ids = {"bos_id": None, "eos_id": 1, "decoder_start_id": 1}
-    model = dataclasses.replace(PRESETS["gpt2"], **SMALL, **ids, max_positions=64)
+    """A GPT-2 of 64 positions."""
+    model = decoder(64)
     return save_run(tmp_path_factory.mktemp("decoder") / "run", model, sharp_params(model))
+
+
+@pytest.fixture(scope="session")
+def short_draft(sharp_params: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one, of 32 positions."""
+    model = decoder(32)
+    return save_run(tmp_path_factory.mktemp("draft") / "run", model, sharp_params(model, seed=1))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Commands as a user types them: what they print, and one line with exit status 2 for bad input."""
 
+import asyncio
 import errno
+import gc
 import json
 import os
 import shutil
@@ -162,7 +164,8 @@ def test_doctor_names_what_is_missing(t5x, monkeypatch: pytest.MonkeyPatch) -> N
         (["tokenizer"], ["needs one of the words train, check"]),
         (["data", "shwo"], ["not 'shwo'", "did you mean 'show'"]),
         (["eval", "no-run"], ["no configuration file or run directory 'no-run'"]),
-        (["generate", "no-run", "text"], ["no-run is not a run directory"]),
+        (["generate", "no-run", "text"], ["'no-run' is not a run directory"]),
+        (["generate", "", "text"], ["t5x-lite: '' is not a run directory"]),
         (["tokenizer", "train", "no-dir/x.model"], ["no directory 'no-dir'"]),
         (["tokenizer", "check", "no.model"], ["no.model"]),
         (["demo", "model=t5-smal"], ["unknown model"]),
@@ -203,7 +206,7 @@ def test_a_full_disk_outside_a_save(t5x, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_refused(t5x("doctor"), "No space left on device (metrics.jsonl)", "free some space")
 
 
-def test_what_tensorstore_reports_late_is_not_printed(t5x, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_what_a_failed_save_leaves_behind_is_not_printed(t5x, monkeypatch: pytest.MonkeyPatch, capsys, caplog) -> None:
     import tensorstore
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # a command replaces it, for good
@@ -220,6 +223,13 @@ def test_what_tensorstore_reports_late_is_not_printed(t5x, monkeypatch: pytest.M
 
     assert report("Event loop is closed") == ""
     assert "RuntimeError: something else" in report("something else")
+
+    async def fail_unheard() -> None:
+        asyncio.get_running_loop().create_future().set_exception(OSError("no space"))
+
+    asyncio.run(fail_unheard())
+    gc.collect()
+    assert caplog.text == ""
 
 
 def test_more_spans_than_sentinels(t5x, tiny_settings: list[str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from t5x_lite.cli.line_progress import LineProgress
 from t5x_lite.data.tokenizers import ByteTokenizer
 from t5x_lite.errors import InputError
 from t5x_lite.language_model import Answer
+from t5x_lite.models.registry import DTYPES
 
 QUICK = "--max-new-tokens", 5, "--batch-size", 2
 SAMPLED = *QUICK, "--do-sample", "--seed", 3, "--shard-size", 2
@@ -57,6 +58,9 @@ class Parrot:
     def generation_config(self, **settings) -> GenerationConfig:
         self.settings.append(settings)
         return GenerationConfig.from_settings(settings)
+
+    def check_draft(self, draft: "Parrot | None", **settings) -> None:
+        pass
 
     def check_input(self, text: str, **settings) -> None:
         if len(text) > 20:
@@ -110,6 +114,14 @@ def test_only_what_is_given_is_passed_on(t5x, parrot: Parrot) -> None:
     }
     t5x("generate", "run", "hi", "--do-sample", "--early-stopping", "true", "--eos-token-id", "")
     assert parrot.settings[-1] == {"do_sample": True, "early_stopping": True, "eos_token_id": []}
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_the_help_names_every_dtype(t5x, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        t5x(command, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"of the model: {', '.join(DTYPES[:-1])} or {DTYPES[-1]} (default float32)" in text
 
 
 def test_every_setting_has_an_option_and_its_meaning(t5x, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +215,15 @@ def test_a_file_without_an_output_goes_to_stdout(t5x, parrot: Parrot, tmp_path: 
         (["hi", "--stream", "--num-beams", 2], "num_beams 2 cannot be streamed"),
         (["hi", "--stream", "--json"], "--stream and --json exclude each other"),
         (["--stream", "--input", "x.txt"], "--stream and --input exclude each other"),
+        (
+            ["--input", "x.txt", "--field", "y"],
+            "--field y needs a .jsonl or .tsv file; --input x.txt has a text a line",
+        ),
+        (["--input", "x.txt", "--output", ""], "--output must not be empty"),
+        (["--input", "x.txt", "--field", ""], "--field must not be empty"),
+        (["--input", ""], "--input must not be empty"),
+        (["hi", "--draft", ""], "--draft must not be empty"),
+        (["hi", "--stop-strings", "\udcff"], r"stop_strings must be valid UTF-8, not '\udcff'"),
         (["--input", "no.txt"], "cannot read no.txt: No such file"),
         (["--input", "x.pdf"], "x.pdf must end in .txt"),
         (["hi", "--shard-size", 0], "--shard-size must be at least 1, not 0"),
@@ -213,13 +234,17 @@ def test_a_file_without_an_output_goes_to_stdout(t5x, parrot: Parrot, tmp_path: 
         (["hi", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
         (["hi", "--suppress-tokens", "7;8"], "argument --suppress-tokens: '7;8' must be ids such as 7 or 7,12"),
         (["hi", "--quantization", "int3"], "invalid choice: 'int3'"),
-        (["hi", "--temperature", 0, "--do-sample"], "temperature must be above 0 and finite"),
+        (["hi", "--temperature", 0, "--do-sample"], "temperature must be 1e-30 to 1e30"),
         (["hi", "--early-stopping", "maybe"], "early_stopping must be one of True, False, never, not 'maybe'"),
         (["hi", "--cache-dtype", "int4"], "cache_dtype must be one of float32, bfloat16, int8, not 'int4'"),
         (["long " * 9], "the 45 tokens of an input"),
     ],
 )
-def test_bad_input(t5x, parrot: Parrot, argv: list[object], words: str) -> None:
+def test_bad_input(
+    t5x, parrot: Parrot, argv: list[object], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("a text\n")
     status, out, err = t5x("generate", "run", *argv)
     assert (status, out, len(err.splitlines())) == (2, "", 1), err
     assert words in err
@@ -265,6 +290,54 @@ def test_a_killed_process_is_continued_to_the_same_bytes(t5x, decoder_run: Path,
     status, _, err = t5x(*argv, part, "--seed", 4)
     assert status == 2
     assert "was begun with seed 3, not 4" in err
+
+
+def test_settings_without_effect_on_this_model(t5x, decoder_run: Path) -> None:
+    every = ",".join(map(str, range(264)))
+    for argv, words in (
+        (("--decoder-start-token-id", 5), "decoder_start_token_id 5 needs a model with an encoder"),
+        (("--suppress-tokens", every), "suppress_tokens and begin_suppress_tokens leave none of the 2"),
+        (
+            ("--bad-words-ids", 7, "--forced-eos-token-id", 7),
+            "bad_words_ids must not contain 7, which is the forced_eos",
+        ),
+    ):
+        status, out, err = t5x("generate", decoder_run, "the", *argv, "--max-new-tokens", 5)
+        assert (status, out, len(err.splitlines())) == (2, "", 1), err
+        assert words in err
+
+
+def test_a_text_too_long_for_the_draft_alone_fails_alone(
+    t5x, decoder_run: Path, short_draft: Path, tmp_path: Path
+) -> None:
+    long, reason = "x" * 40, "the 40 tokens of a text take 40 positions, but the draft model has 32"
+    (tmp_path / "x.txt").write_text(f"one\n{long}\ntwo\n")
+    argv = ["generate", decoder_run, "--draft", short_draft, *QUICK]
+    source = "--input", tmp_path / "x.txt"
+    status, _, err = t5x(*argv, *source, "--output", tmp_path / "o.jsonl")
+    assert (status, err.splitlines()[-1]) == (1, "t5x-lite: 1 of 3 inputs failed")
+    records = written(tmp_path / "o.jsonl")
+    assert [record.get("error") for record in records] == [None, reason, None]
+    status, out, err = t5x(*argv, "one", long, "two", "--json")
+    assert (status, f"t5x-lite: input 2: {reason}" in err) == (1, True)
+    assert [json.loads(line).get("output") for line in out.splitlines()] == [r.get("output") for r in records]
+    assert t5x(*argv, long) == (2, "", f"t5x-lite: {reason}\n")
+    # The whole of it is the draft's to read as well: 30 + 5 tokens, the last of which nobody reads.
+    assert "max_new_tokens 5 and the prompt take 34 positions, but the draft model has 32" in t5x(*argv, "x" * 30)[2]
+    assert t5x(*argv, "x" * 28)[0] == 0
+
+
+def test_a_draft_of_another_kind_is_refused_for_what_it_is(
+    t5x, decoder_run: Path, pair_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.txt").write_text("one\n" + "x" * 60)
+    words = "the draft model must have 264 tokens and {} encoder as the model has, not 264 tokens and {} encoder"
+    for run, draft, given in ((decoder_run, pair_run, ("no", "an")), (pair_run, decoder_run, ("an", "no"))):
+        output = tmp_path / f"{given[0]}.jsonl"
+        for source in (["x" * 60], ["one", "two"], ["--input", tmp_path / "x.txt", "--output", output]):
+            status, out, err = t5x("generate", run, "--draft", draft, "--max-new-tokens", 60, *source)
+            assert (status, out, err) == (2, "", f"t5x-lite: {words.format(*given)}\n")
+        assert not output.with_name(f"{output.name}.parts").exists()
 
 
 def test_shards_over_a_mesh_say_the_same(t5x, decoder_run: Path, tmp_path: Path) -> None:

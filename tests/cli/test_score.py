@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -56,7 +57,7 @@ def test_texts_of_a_decoder_alone(t5x, decoder_run: Path, tmp_path: Path) -> Non
     status, out, err = t5x("score", decoder_run, "--input", tmp_path / "x.txt", "--json", "--batch-size", 2)
     assert status == 1
     assert len(err.splitlines()) == 2
-    assert "x.txt:2: the 82 tokens of a text take 82 positions, but the model has 64" in err
+    assert "x.txt:2: the 82 tokens of a text take 81 positions, but the model has 64" in err
     first, failed, empty, last, total = objects(out)
     assert failed.keys() == {"line", "error"}
     assert empty == {"line": 3, "log_likelihood": 0.0, "num_tokens": 0, "perplexity": None}
@@ -82,6 +83,49 @@ def test_an_input_and_a_target_by_hand(t5x, decoder_run: Path) -> None:
     assert "the model has 64" in err
 
 
+def test_what_just_fits_is_scored(t5x, decoder_run: Path, tmp_path: Path) -> None:
+    lm = t5x_lite.load(decoder_run)
+    text = "x1" * 32
+    tokens = np.array([[1, *lm.require_tokenizer().encode(text)]])
+    assert tokens.shape == (1, 65)  # the last of which is not read: there are 64 positions
+    logs = np.asarray(
+        jax.nn.log_softmax(lm.model.apply({"params": lm.params}, {"decoder_input_tokens": tokens[:, :-1]}))
+    )
+    wanted = np.sum(logs[0, np.arange(64), tokens[0, 1:]])
+    status, out, _ = t5x("score", decoder_run, text, "--json")
+    assert status == 0
+    # Sums of 64 float32 log-probabilities of size 5.
+    assert objects(out)[0] == {
+        "line": 1,
+        "log_likelihood": pytest.approx(wanted, rel=1e-5),
+        "num_tokens": 64,
+        "perplexity": pytest.approx(np.exp(-wanted / 64), rel=1e-5),
+    }
+    status, _, err = t5x("score", decoder_run, text + "x")
+    assert (status, err) == (2, "t5x-lite: the 66 tokens of a text take 65 positions, but the model has 64\n")
+
+
+def test_what_was_generated_can_be_scored(t5x, decoder_run: Path) -> None:
+    letters = {*t5x_lite.load(decoder_run).require_tokenizer().encode("abcdefghij ")}
+    others = ",".join(str(token) for token in range(264) if token not in letters)
+    argv = (
+        "--max-new-tokens",
+        62,
+        "--suppress-tokens",
+        others,
+        "--eos-token-id",
+        "",
+        "--no-repeat-ngram-size",
+        2,
+        "--json",
+    )
+    made = json.loads(t5x("generate", decoder_run, "the", *argv)[1])
+    assert made["num_tokens"] == 62
+    scored = objects(t5x("score", decoder_run, "the", made["output"], "--json")[1])[0]
+    assert scored["num_tokens"] == 62
+    assert scored["log_likelihood"] == pytest.approx(made["score"], rel=1e-5)
+
+
 def test_a_score_that_is_not_finite(t5x, decoder_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = Scores(np.array([-np.inf], np.float32), np.array([2], np.int32))
     monkeypatch.setattr(LanguageModel, "score", lambda *args, **kwargs: scores)
@@ -102,10 +146,19 @@ def test_a_score_that_is_not_finite(t5x, decoder_run: Path, monkeypatch: pytest.
         (["a", "b", "--inputs-field", "x"], "--inputs-field x needs --input"),
         (["--input", "no.tsv"], "cannot read no.tsv"),
         (["a", "b", "--batch-size", 0], "--batch-size must be at least 1, not 0"),
-        (["a", "b"], "no-run is not a run directory"),
+        (["a", "b"], "'no-run' is not a run directory"),
+        (
+            ["--input", "x.txt", "--targets-field", "y"],
+            "--targets-field y needs a .jsonl or .tsv file; --input x.txt has",
+        ),
+        (["--input", "x.txt", "--inputs-field", "y"], "x.txt has one text a line; y and targets of a line go into"),
+        (["--input", "x.jsonl", "--inputs-field", ""], "--inputs-field must not be empty"),
+        (["--input", ""], "--input must not be empty"),
     ],
 )
-def test_bad_input(t5x, argv: list[object], words: str) -> None:
+def test_bad_input(t5x, argv: list[object], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("a text\n")
     status, out, err = t5x("score", "no-run", *argv)
     assert (status, out, len(err.splitlines())) == (2, "", 1), err
     assert words in err

@@ -51,6 +51,7 @@ def test_a_bad_line_does_not_keep_the_others_from_being_read(tmp_path):
         b"{}",
         b'{"\\ud800": "x", "inputs\\n": 1, "\xc3\xa9": 1}',
         json.dumps({f"{n} " + "long " * 9: 1 for n in range(5000)}).encode(),
+        b"null",
     ]
     file = LineFile(written(tmp_path, "x.jsonl", b"\n".join(lines)), [TEXT])
     read = {line.number: line.error or line.values[0] for line in file.read()}
@@ -70,8 +71,9 @@ def test_a_bad_line_does_not_keep_the_others_from_being_read(tmp_path):
         9: "c",
         12: "no field 'input' or 'text'; the fields are: none",
         13: r"no field 'input' or 'text'; the fields are: \ud800, inputs\n, \u00e9; did you mean 'inputs\n'?",
+        15: "a JSON null, not an object",
     }
-    assert file.count == 13
+    assert file.count == 14
     bad = next(LineFile(written(tmp_path, "y.jsonl", b'{"a\\n": 1}'), [Column(("a\n",))]).read())
     assert bad.error == r"field 'a\n' is 1, not a text"
     half = next(LineFile(written(tmp_path, "y.jsonl", b'{"a\\n": "\\ud800"}'), [Column(("a\n",))]).read())

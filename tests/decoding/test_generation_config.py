@@ -28,21 +28,33 @@ from t5x_lite.errors import InputError
         ({"seed": 2**32}, "seed must be below 2**32, not 4294967296"),
         (
             {"temperature": 0},
-            "temperature must be above 0 and finite (do_sample=False gives the most likely token), not 0",
+            "temperature must be 1e-30 to 1e30 (do_sample=False gives the most likely token), not 0",
         ),
         (
             {"temperature": math.inf},
-            "temperature must be above 0 and finite (do_sample=False gives the most likely token), not inf",
+            "temperature must be 1e-30 to 1e30 (do_sample=False gives the most likely token), not inf",
         ),
+        # In float32 these are 0, infinite, or make a logit infinite.
+        *(
+            ({name: value}, f"{name} must be 1e-30 to 1e30{words}, not {value}")
+            for name, words in (
+                ("temperature", " (do_sample=False gives the most likely token)"),
+                ("repetition_penalty", ""),
+            )
+            for value in (1e-45, 1e-38, 1e38, 1e39)
+        ),
+        ({"top_p": 1e-40}, "top_p must be 1e-30 to 1, not 1e-40"),
+        ({"typical_p": 1e-40}, "typical_p must be 1e-30 to 1, not 1e-40"),
+        ({"stop_strings": ["a", "b\udcff"]}, "stop_strings must be valid UTF-8, not 'b\\udcff'"),
         ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
         ({"temperature": True}, "temperature must be a number, not True"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
-        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
-        ({"top_p": math.nan}, "top_p must be above 0 and at most 1, not nan"),
+        ({"top_p": 0.0}, "top_p must be 1e-30 to 1, not 0.0"),
+        ({"top_p": 1.5}, "top_p must be 1e-30 to 1, not 1.5"),
+        ({"top_p": math.nan}, "top_p must be 1e-30 to 1, not nan"),
         ({"min_p": 1.0}, "min_p must be at least 0 and below 1, not 1.0"),
         ({"min_p": -0.1}, "min_p must be at least 0 and below 1, not -0.1"),
-        ({"typical_p": 0}, "typical_p must be above 0 and at most 1, not 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, not 0.0"),
+        ({"typical_p": 0}, "typical_p must be 1e-30 to 1, not 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be 1e-30 to 1e30, not 0.0"),
         ({"length_penalty": math.inf}, "length_penalty must be finite, not inf"),
         ({"do_sample": 1}, "do_sample must be one of True, False, not 1"),
         ({"length_penalty_style": "gnmt"}, "length_penalty_style must be one of hf, t5, not 'gnmt'"),

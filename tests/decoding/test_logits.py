@@ -232,8 +232,22 @@ def test_equal_processors_are_compiled_once() -> None:
 
 @pytest.mark.parametrize("forced", ["forced_bos_id", "forced_eos_id"])
 def test_what_the_model_forces_must_not_be_suppressed(forced: str) -> None:
-    with pytest.raises(InputError, match="suppress_tokens must not contain 4, which the model forces"):
+    what = forced.replace("_id", "_token_id")
+    with pytest.raises(InputError, match=f"suppress_tokens must not contain 4, which is the {what}"):
         build(GenerationConfig(suppress_tokens=(3, 4)), **{forced: 4})
+
+
+@pytest.mark.parametrize("forced", ["forced_bos", "forced_eos"])
+def test_what_is_forced_must_not_be_a_bad_word(forced: str) -> None:
+    words: Any = {"bad_words_ids": ((5, 4), (4,))}
+    for build_it in (
+        lambda: build(GenerationConfig(**words), **{f"{forced}_id": 4}),
+        lambda: build(GenerationConfig(**words, **{f"{forced}_token_id": 4})),
+    ):
+        with pytest.raises(InputError, match=f"bad_words_ids must not contain 4, which is the {forced}_token_id"):
+            build_it()
+    # An end of a sequence is no bad word.
+    assert build(GenerationConfig(bad_words_ids=((2,),), forced_eos_token_id=2)) == (ForcedEOS(2, 64),)
 
 
 @pytest.mark.parametrize(

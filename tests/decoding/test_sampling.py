@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.decoding.generation_config import GenerationConfig
+from t5x_lite.decoding.logits import History, process, processors
 from t5x_lite.decoding.sampling import (
     Greedy,
     MinP,
@@ -111,7 +113,12 @@ CRITICAL = [0, 10.8, 13.8, 16.3, 18.5, 20.5, 22.5, 24.3, 26.1, 27.9, 29.6, 31.3,
 
 
 def exact(
-    temperature: float = 1.0, top_k: int = VOCAB, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0
+    temperature: float = 1.0,
+    top_k: int = VOCAB,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    logits: np.ndarray = LOGITS,
 ) -> np.ndarray:
     """The distribution from the definitions, in float64, by sorting."""
 
@@ -122,13 +129,23 @@ def exact(
     def smallest(order: np.ndarray, share: np.ndarray, total: float) -> np.ndarray:
         return order[: np.searchsorted(np.cumsum(share[order]), total - 1e-12) + 1]
 
-    share = normal(np.exp(LOGITS / temperature))
+    share = normal(np.exp(logits / temperature))
     share = normal(share, np.argsort(-share)[:top_k])
     share = normal(share, smallest(np.argsort(-share), share, top_p))
     share = normal(share, np.flatnonzero(share >= min_p * np.max(share)))
     information = -np.log(np.maximum(share, 1e-300))
     distance = np.where(share > 0, np.abs(information - np.sum(share * information)), np.inf)
     return normal(share, smallest(np.argsort(distance), share, typical_p))
+
+
+def assert_as_often(drawn: jax.Array, wanted: np.ndarray) -> None:
+    """Each of the tokens was drawn as often as it is likely, by chi-square."""
+    counts = np.bincount(drawn, minlength=VOCAB)
+    possible = wanted > 0
+    assert np.sum(counts[~possible]) == 0
+    expected = DRAWS * wanted[possible]
+    assert np.min(expected) > 20  # where chi-square is no approximation to worry about
+    assert np.sum((counts[possible] - expected) ** 2 / expected) <= CRITICAL[np.sum(possible) - 1]
 
 
 @pytest.mark.parametrize(
@@ -151,13 +168,95 @@ def test_tokens_come_as_often_as_they_are_likely(settings: dict[str, Any], token
     scores = jnp.tile(jnp.array(LOGITS, jnp.float32), (DRAWS, 1))
     # Probabilities of float32 logits around 1.
     np.testing.assert_allclose(distribution(scores[:1], chain)[0], wanted, atol=1e-6)
-    drawn = draw(Sample(chain), scores, row_keys(0, jnp.arange(DRAWS), 1))
-    counts = np.bincount(drawn, minlength=VOCAB)
-    possible = wanted > 0
-    assert np.sum(counts[~possible]) == 0
-    expected = DRAWS * wanted[possible]
-    assert np.min(expected) > 20  # where chi-square is no approximation to worry about
-    assert np.sum((counts[possible] - expected) ** 2 / expected) < CRITICAL[tokens - 1]
+    assert_as_often(draw(Sample(chain), scores, row_keys(0, jnp.arange(DRAWS), 1)), wanted)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings, what was seen before the draw, and what they do to it, by hand."""
+
+    config: GenerationConfig
+    seen: tuple[int, ...] = (0, 5, 7, 5, 2, 5)
+    prompt: int = 2  # tokens of it
+    model: tuple[tuple[str, int], ...] = ()
+    penalized: float = 1.0
+    banned: tuple[int, ...] = ()
+    forced: int | None = None
+
+    def wanted(self) -> np.ndarray:
+        """Returns the distribution, float64 `[V]`."""
+        logits = LOGITS.copy()
+        for token in {*self.seen}:
+            logits[token] *= self.penalized if logits[token] < 0 else 1 / self.penalized
+        logits[list(self.banned)] = -np.inf
+        if self.forced is not None:
+            logits = np.where(np.arange(VOCAB) == self.forced, 0.0, -np.inf)
+        narrowing = {name: getattr(self.config, name) for name in ("temperature", "top_p")}
+        return exact(**narrowing, top_k=self.config.top_k or VOCAB, logits=logits)
+
+    def drawn(self) -> jax.Array:
+        """Returns what is drawn, int32 `[DRAWS]`."""
+        model: dict[str, Any] = {"vocab_size": None, "forced_bos_id": None, "forced_eos_id": None} | dict(self.model)
+        chain = processors(self.config, end_ids=(1, 9), **model)
+        seen = jnp.array([(*self.seen, 4, 4)], jnp.int32)  # and what may not be read any more
+        lengths = jnp.array([len(self.seen)])
+        scores = process(chain, jnp.array(LOGITS, jnp.float32)[None], History(seen, lengths, lengths[0] - self.prompt))
+        keys = step_keys(row_keys(1, jnp.arange(DRAWS), 1), lengths[0])
+        return Sample(warpers(self.config))(jnp.broadcast_to(scores, (DRAWS, VOCAB)), keys)
+
+
+def sampled(**settings: Any) -> GenerationConfig:
+    return GenerationConfig(do_sample=True, max_new_tokens=10, **settings)
+
+
+WORDS = ((5, 4), (6,), (2, 5, 11), (7, 5, 12), (9,))  # the 9 is an end, which is not banned
+CASES = {
+    "repetition penalty": Case(sampled(repetition_penalty=1.6), penalized=1.6),
+    "a reward for repetition": Case(sampled(repetition_penalty=0.7), penalized=0.7),
+    "no pair twice": Case(sampled(no_repeat_ngram_size=2), seen=(0, 5, 7, 5, 2, 5, 5), banned=(7, 2, 5)),
+    "no triple twice": Case(sampled(no_repeat_ngram_size=3), seen=(3, 5, 7, 2, 3, 5), banned=(7,)),
+    "bad words": Case(sampled(bad_words_ids=WORDS), banned=(4, 6, 11)),
+    "too short": Case(sampled(min_new_tokens=5), banned=(1, 9)),
+    "long enough": Case(sampled(min_new_tokens=4)),
+    "suppressed": Case(sampled(suppress_tokens=(0, 8)), banned=(0, 8)),
+    "suppressed first": Case(sampled(begin_suppress_tokens=(0, 8)), prompt=6, banned=(0, 8)),
+    "suppressed after the forced first": Case(
+        sampled(begin_suppress_tokens=(0, 8), forced_bos_token_id=13), seen=(3, 13), prompt=1, banned=(0, 8)
+    ),
+    "not suppressed later": Case(sampled(begin_suppress_tokens=(0, 8))),
+    "forced first": Case(sampled(forced_bos_token_id=13), seen=(3,), prompt=1, forced=13),
+    "forced first by the model": Case(sampled(), seen=(3,), prompt=1, model=(("forced_bos_id", 12),), forced=12),
+    "not forced after a prompt": Case(sampled(forced_bos_token_id=13), prompt=6),
+    "forced last": Case(sampled(forced_eos_token_id=9), seen=(3, *range(10)), prompt=2, forced=9),
+    "not forced yet": Case(sampled(forced_eos_token_id=9), seen=(3, *range(9)), prompt=2),
+    "a smaller vocabulary": Case(sampled(), model=(("vocab_size", 12),), banned=(12, 13, 14, 15)),
+    "all of them, narrowed": Case(
+        sampled(
+            repetition_penalty=1.6,
+            no_repeat_ngram_size=2,
+            bad_words_ids=WORDS,
+            min_new_tokens=5,
+            suppress_tokens=(0,),
+            temperature=1.3,
+            top_k=6,
+            top_p=0.95,
+        ),
+        model=(("vocab_size", 15),),
+        penalized=1.6,
+        banned=(7, 2, 4, 6, 11, 1, 9, 0, 15),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def drawn_cases() -> dict[str, jax.Array]:
+    """What is drawn in each case, by one program."""
+    return jax.jit(lambda: {name: case.drawn() for name, case in CASES.items()})()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_come_as_often_as_the_processors_leave_them_likely(name: str, drawn_cases: dict[str, jax.Array]) -> None:
+    assert_as_often(drawn_cases[name], CASES[name].wanted())
 
 
 def test_greedy_takes_the_best_and_of_several_the_first() -> None:

@@ -251,18 +251,22 @@ def test_a_stop_string_ends_a_sequence_wherever_it_is(setting: str, problem: Any
 
 
 @pytest.mark.parametrize(
-    ("mesh_text", "setting"),
+    ("kind", "mesh_text", "setting"),
     [
-        ("data:4,model:2", "greedy"),
-        ("data:2,model:4", "greedy, int8"),
-        ("data:4,model:2", "beams"),
-        ("data:2,model:4", "beams"),
-        ("data:4,model:2", "sampling"),
-        ("data:2,model:4", "sampling"),
+        ("pair", "data:4,model:2", "greedy"),
+        ("pair", "data:2,model:4", "greedy, int8"),
+        *(
+            (kind, mesh_text, setting)
+            for kind in ("pair", "alone")
+            for setting in ("beams", "sampling")
+            for mesh_text in ("data:4,model:2", "data:2,model:4")
+        ),
+        ("alone", "data:4,model:2", "greedy"),
+        ("alone", "data:2,model:4", "greedy"),
     ],
 )
-def test_a_mesh_generates_the_same(mesh_text: str, setting: str, problem: Any) -> None:
-    case, config = problem("pair"), SETTINGS[setting]
+def test_a_mesh_generates_the_same(kind: str, mesh_text: str, setting: str, problem: Any) -> None:
+    case, config = problem(kind), SETTINGS[setting]
     wanted = case.run(config)
     mesh = make_mesh(mesh_text)
     model = build(case.config)
