@@ -258,7 +258,7 @@ def test_stops_at_a_loss_that_is_not_finite(tiny_settings: list[str], tmp_path: 
         return call
 
     monkeypatch.setattr(loop, "make_train_step", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 6: the loss is nan .* last checkpoint is of step 4"):
+    with pytest.raises(FloatingPointError, match=r"step 6: the loss is nan; .* last checkpoint is of step 4"):
         train(resolve(None, [*tiny_settings, f"out={tmp_path}"]).config)
     assert complete_steps(tmp_path / "checkpoints") == [4]
 
