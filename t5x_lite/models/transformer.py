@@ -374,12 +374,12 @@ class Transformer(nn.Module):
     @nn.nowrap
     def logical_axes(self) -> Any:
         """Returns the tree of parameters with each replaced by the tuple of its logical axis names."""
-        return jax.tree.map(lambda box: tuple(box.names), _declared(self), is_leaf=_is_box)
+        return jax.tree.map(lambda box: tuple(box.names), _declared(cast(Any, self)), is_leaf=_is_box)
 
     @nn.nowrap
     def param_shapes(self) -> Any:
         """Returns the tree of parameters as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-        return jax.tree.map(lambda box: box.value, _declared(self), is_leaf=_is_box)
+        return jax.tree.map(lambda box: box.value, _declared(cast(Any, self)), is_leaf=_is_box)
 
 
 @lru_cache(maxsize=64)  # a start asks seven times, and tracing took a quarter of what a tiny model's start does
