@@ -7,7 +7,6 @@ tests start see the same devices and reuse what was compiled already.
 import atexit
 import gc
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -79,12 +78,6 @@ def pytest_collection_finish() -> None:
     """Leaves out of every later search for garbage what is there for good: modules and tests."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session")
-def one_device() -> str:
-    """`XLA_FLAGS` for a process that has one device, as a reader has, and compiles as fast as the tests do."""
-    return re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]).strip()
 
 
 @pytest.fixture(scope="session")

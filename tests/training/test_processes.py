@@ -45,15 +45,16 @@ def free_port() -> int:
 class Team:
     """Processes that are started together; what they print is kept apart."""
 
-    def __init__(self, flags: str) -> None:
-        self.environment = {**os.environ, "XLA_FLAGS": flags}
+    def __init__(self) -> None:
         self.running: list[subprocess.Popen[str]] = []
 
     def start(self, command: Callable[[int, int], list[str]], count: int, only: tuple[int, ...] = ()) -> None:
         port = free_port()
+        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+        env = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=1"}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.running = [
-            subprocess.Popen([sys.executable, *command(index, port)], env=self.environment, **pipes)
+            subprocess.Popen([sys.executable, *command(index, port)], env=env, **pipes)
             for index in only or range(count)
         ]
 
@@ -76,8 +77,8 @@ class Team:
 
 
 @pytest.fixture
-def team(one_device: str) -> Iterator[Team]:
-    found = Team(one_device)
+def team() -> Iterator[Team]:
+    found = Team()
     yield found
     found.end()
 
@@ -116,10 +117,10 @@ def alone(tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def two(
-    tiny_settings: list[str], one_device: str, tmp_path_factory: pytest.TempPathFactory
+    tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[tuple[str, int], float]]:
     """Run directory and trace of two processes."""
-    pair, out = Team(one_device), tmp_path_factory.mktemp("two") / "run"
+    pair, out = Team(), tmp_path_factory.mktemp("two") / "run"
     try:
         return out, together(pair, [*tiny_settings, f"train.steps={STEPS}"], 2, out)
     finally:
