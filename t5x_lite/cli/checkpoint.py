@@ -114,9 +114,7 @@ def _diff(args: argparse.Namespace) -> int:
     for side, names in (("a", found.only_a), ("b", found.only_b)):
         for name in names:
             print(f"only in {side}: {name}")
-    rows: list[tuple[str, ...]] = [
-        ("array", "shape", "dtype", "differ", "largest", "at", "relative", "norm of a", "of b")
-    ]
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     for array in found.arrays:
         if not array.same:
             rows.append(_row(array))

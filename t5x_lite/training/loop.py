@@ -359,17 +359,16 @@ class _Run:
                 f"step {step}: {why}; {self._diagnose(record, made)}; "
                 + (f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet")
             )
-        details: dict[str, Any] = {}
-        note = f"step {step} was skipped: {what_was_not(record)}"
+        why, details = what_was_not(record), dict[str, Any]()
         if "loss_scale" in record and not only_the_update(record):
             # That is how the loss scale is found, and nobody's fault.
             details = {"loss_scale": record["loss_scale"]}
-            note = f"step {step} was skipped: float16 overflowed with the loss scaled by {record['loss_scale']:g}"
+            why = f"float16 overflowed with the loss scaled by {record['loss_scale']:g}"
         elif self.diagnoses:
             self.diagnoses -= 1
             finding = self._diagnose(record, made)
-            note, details = f"{note}; {finding}", finding.as_details()
-        self.observer.note(note)
+            why, details = f"{why}; {finding}", finding.as_details()
+        self.observer.note(f"step {step} was skipped: {why}")
         self.watch.event("skipped", step, **details)
 
     def _diagnose(self, record: Mapping[str, Any], made: "_Made") -> Finding:

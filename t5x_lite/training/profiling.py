@@ -61,7 +61,7 @@ class Profiler:
 
         Args:
           give_up: whether there is no time to write what there is of it. JAX then goes on tracing until the process
-            ends or traces again, which is when it does write it.
+            ends; if the process traces again before, the trace is written then.
         """
         if self._tracing:
             self._tracing = False
