@@ -1,7 +1,8 @@
-"""How fast t5x_lite generates beside transformers + torch on the same CPU, in pairs of runs that alternate.
+"""How fast t5x_lite generates beside transformers + torch on the same CPU or GPU, in pairs of runs that alternate.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 transformers==5.23.0  # once, in its own environment
     python benchmarks/decode_vs_transformers.py --peer-python peer/bin/python
+    python benchmarks/decode_vs_transformers.py --peer-python peer/bin/python --device gpu
 
 Two processes, one for each library, hold the same shapes with random weights and wait; this one lets them generate in
 turn, A B, B A, A B, ..., so that whatever else the machine does meets both. It does not slow both alike, though: torch
@@ -21,6 +22,10 @@ Both use the same cores, float32, a cache, and as many steps. The peer runs in e
 what `t5x-lite generate` gives itself on a CPU, memory in large pages, which `--large-pages=both` gives the peer too and
 `--large-pages=neither` takes away. Cells whose name ends in bfloat16 compare t5x_lite with bfloat16 weights to itself
 in float32. `roofline_share` is of t5x_lite's tokens per second; see `t5x_lite/benchmarking.py`.
+
+On a GPU both compute in bfloat16, a decoder of 1.2 billion parameters beside the others. The peer then has a static
+cache and, for greedy decoding, `generate`'s own `torch.compile`, for this shape alone and into CUDA graphs (it compiles
+no beam search); where its eager mode is faster, or compiling fails, that is what counts: `other` tells.
 """
 
 import argparse
@@ -39,6 +44,7 @@ from statistics import median
 from typing import Any
 
 SHAPES = ("t5-small", "gpt2")
+LARGE = "llama-3.2-1b"
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,11 @@ class Cell:
         return f"{self.model}/{self.strategy}/{self.batch_size}" + ("/bfloat16" if self.bfloat16 else "")
 
 
-CELLS = [
-    *(Cell(model, how, rows) for model in SHAPES for how in ("greedy", "beam4") for rows in (1, 8)),
-    *(Cell(model, "greedy", 1, bfloat16=True) for model in SHAPES),
-]
+_BOTH = [Cell(model, how, rows) for model in SHAPES for how in ("greedy", "beam4") for rows in (1, 8)]
+CELLS = {
+    "cpu": [*_BOTH, *(Cell(model, "greedy", 1, bfloat16=True) for model in SHAPES)],
+    "gpu": [*_BOTH, Cell(LARGE, "greedy", 1)],
+}
 
 
 def main() -> int:
@@ -66,6 +73,7 @@ def main() -> int:
     parser.add_argument(
         "--peer-python", help="of an environment with torch and transformers; cells of ours alone need none"
     )
+    parser.add_argument("--device", choices=tuple(CELLS), default="cpu", help="of both (default cpu)")
     parser.add_argument("--cells", default="*", help="names or patterns with a *, separated by commas; default: all")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of runs that count for a cell (default 7)")
     parser.add_argument(
@@ -89,14 +97,15 @@ def main() -> int:
     if args.worker:
         serve(WORKERS[args.worker](args))
         return 0
+    known = CELLS[args.device]
     if args.list:
-        print("\n".join(cell.name for cell in CELLS))
+        print("\n".join(cell.name for cell in known))
         return 0
     patterns = args.cells.split(",")
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in CELLS):
-            parser.error(f"--cells '{pattern}' is none of {', '.join(cell.name for cell in CELLS)}")
-    cells = [cell for cell in CELLS if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)]
+        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in known):
+            parser.error(f"--cells '{pattern}' is none of {', '.join(cell.name for cell in known)}")
+    cells = [cell for cell in known if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)]
     with_peer = not all(cell.bfloat16 for cell in cells)
     if with_peer and not (args.peer_python and Path(args.peer_python).is_file()):
         parser.error(f"--peer-python must be the interpreter of the peer's environment, not {args.peer_python}")
@@ -126,9 +135,10 @@ def compare(cell: Cell, ours: "Process", other: "Process | None", args: argparse
     """Runs a cell and returns its line."""
     assert other is not None
     shape = {"model": cell.model, "strategy": cell.strategy, "batch_size": cell.batch_size}
+    other_dtype = "bfloat16" if args.device == "gpu" else "float32"
     sides = [
-        (ours, ours.ask("prepare", **shape, dtype="bfloat16" if cell.bfloat16 else "float32")),
-        (other, other.ask("prepare", **shape, dtype="float32")),
+        (ours, ours.ask("prepare", **shape, dtype="bfloat16" if cell.bfloat16 else other_dtype)),
+        (other, other.ask("prepare", **shape, dtype=other_dtype)),
     ]
     pairs: list[tuple[float, list[float]]] = []  # of the cores that others used, and the times
     ends = time.monotonic() + args.patience
@@ -146,7 +156,7 @@ def compare(cell: Cell, ours: "Process", other: "Process | None", args: argparse
     tokens = cell.batch_size * args.new_tokens
     ratios = [theirs / mine for mine, theirs in zip(*times, strict=True)]
     mine, theirs = (tokens / median(seconds) for seconds in times)
-    report = ours.ask("report", key=sides[0][1], seconds=median(times[0]))
+    report, other_report = (process.ask("report", key=key, seconds=median(times[0])) for process, key in sides)
     for process, key in sides:
         process.ask("forget", key=key)
     return {
@@ -161,9 +171,11 @@ def compare(cell: Cell, ours: "Process", other: "Process | None", args: argparse
         "ratio_max": round(max(ratios), 3),
         "tokens_per_second": round(mine, 2),
         "other_tokens_per_second": round(theirs, 2),
-        "other": "t5x_lite float32" if cell.bfloat16 else "transformers",
+        "other": "t5x_lite float32" if cell.bfloat16 else f"transformers, {other_report['settings']}",
         "others_cores": round(pairs[-1][0], 2) if Path(_STAT).exists() else None,
         **{key: report[key] for key in ("compile_seconds", "step_bytes", "copy_bytes_per_second", "roofline_share")},
+        "dtype": report["dtype"],
+        "device": report["device"],
         "machine": machine(args.threads),
         "versions": ours.versions | other.versions,
     }
@@ -212,18 +224,20 @@ def _lines(path: str) -> list[str]:
 class Process:
     """A library in a process of its own, which answers one line of JSON with another."""
 
-    script, options = __file__, ("input_length", "new_tokens", "threads")
+    script, options = __file__, ("device", "input_length", "new_tokens", "threads")
 
     def __init__(self, python: str, worker: str, args: argparse.Namespace, environment: Mapping[str, str]):
         words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in self.options]
-        offline = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        alone = {"HF_HUB_OFFLINE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if getattr(args, "device", "cpu") == "cpu":
+            alone |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         self._worker = worker
         self._process = subprocess.Popen(
             [python, self.script, "--worker", worker, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | offline | dict(environment),
+            env=os.environ | alone | dict(environment),
         )
         self.versions = self.ask("versions")
 
@@ -269,7 +283,7 @@ def serve(library: Any) -> None:
             prepared[key].seconds()
             answer = prepared[key].seconds()
         elif what == "report":
-            answer = prepared[key].report(**message, bandwidth=library.bandwidth())
+            answer = library.report(prepared[key], **message)
         elif what == "forget":
             del prepared[key]
         answers.write(json.dumps(answer) + "\n")
@@ -284,15 +298,18 @@ class Ours:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         from t5x_lite import benchmarking
 
-        self._library, self._args, self._models = benchmarking, args, {}
+        self._library, self._args, self._models, self._bandwidth = benchmarking, args, {}, None
 
     def versions(self) -> dict[str, str]:
         return {name: metadata.version(name) for name in ("t5x_lite", "jax", "jaxlib")}
 
-    def bandwidth(self) -> float:
+    def report(self, decoding: Any, seconds: float) -> dict[str, Any]:
         import jax
 
-        return self._library.copy_bandwidth(jax.devices()[:1])
+        device = jax.devices()[0]
+        if self._bandwidth is None or device.platform == "cpu":  # that of a host is what others leave of it
+            self._bandwidth = self._library.copy_bandwidth([device])
+        return {"device": device.device_kind, **decoding.report(seconds, self._bandwidth)}
 
     def prepare(self, model: str, strategy: str, batch_size: int, dtype: str) -> Any:
         cell = self._library.Cell(strategy, batch_size, self._args.input_length, self._args.new_tokens)
@@ -318,37 +335,72 @@ class Peer:
     def versions(self) -> dict[str, str]:
         return {name: metadata.version(name) for name in ("torch", "transformers")}
 
+    def report(self, decoding: "PeerDecoding", seconds: float) -> dict[str, Any]:
+        return {"settings": decoding.settings}
+
     def prepare(self, model: str, strategy: str, batch_size: int, dtype: str) -> Any:
+        import torch
+
+        on_gpu = self._args.device == "gpu"
         if model not in self._models:
-            self._models[model] = self._build(model)
+            with torch.device("cuda" if on_gpu else "cpu"):
+                self._models[model] = self._build(model).to(getattr(torch, dtype))
         beams = 1 if strategy == "greedy" else int(strategy.removeprefix("beam"))
-        return PeerDecoding(self._models[model], beams, batch_size, self._args)
+        choices = (_COMPILED if beams == 1 else _STATIC, _EAGER) if on_gpu else (_EAGER,)
+        made = [PeerDecoding(self._models[model], beams, batch_size, self._args, choice) for choice in choices]
+        return min(made, key=lambda decoding: decoding.fastest)
 
     def _build(self, name: str) -> Any:
-        from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+        import transformers as hf
 
         if name == "gpt2":
-            model = GPT2LMHeadModel(GPT2Config())
+            model = hf.GPT2LMHeadModel(hf.GPT2Config())
+        elif name == LARGE:
+            sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+            heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+            model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **heads, max_position_embeddings=4096))
         else:
             sizes = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
-            config = T5Config(**sizes, feed_forward_proj="relu", decoder_start_token_id=0)
-            model = T5ForConditionalGeneration(config)
+            config = hf.T5Config(**sizes, feed_forward_proj="relu", decoder_start_token_id=0)
+            model = hf.T5ForConditionalGeneration(config)
         model.eval()
         model.generation_config.eos_token_id = None  # nothing ends early, and nothing looks for an end
         model.generation_config.pad_token_id = 0
         return model
 
 
+_EAGER, _STATIC, _COMPILED = "eager", "static cache", "static cache and torch.compile"
+
+
 class PeerDecoding:
-    """A cell of the peer, ready to be timed."""
+    """A cell of the peer, ready to be timed.
 
-    def __init__(self, model: Any, beams: int, batch_size: int, args: argparse.Namespace):
+    Attributes:
+      settings: eager, with a static cache, or with that and a forward pass that `torch.compile` made.
+      fastest: seconds of the faster of the last two of four calls; infinite if one fails.
+    """
+
+    def __init__(self, model: Any, beams: int, batch_size: int, args: argparse.Namespace, settings: str):
         import torch
+        from transformers import CompileConfig
 
-        self._model, self._beams, self._new_tokens = model, beams, args.new_tokens
-        self._tokens = torch.randint(2, model.config.vocab_size, (batch_size, args.input_length))
+        self._model, self._beams, self._new_tokens, self.settings = model, beams, args.new_tokens, settings
+        self._tokens = torch.randint(2, model.config.vocab_size, (batch_size, args.input_length), device=model.device)
         self._mask = torch.ones_like(self._tokens)
-        self.seconds()
+        self._options: dict[str, Any] = {}
+        if settings != _EAGER:
+            self._options["cache_implementation"] = "static"
+        if settings == _COMPILED:
+            torch._dynamo.reset()  # or it would count the shapes seen before, and stop compiling after a few
+            model.__dict__.pop("_compiled_call", None)
+            self._options["compile_config"] = CompileConfig(mode="reduce-overhead", dynamic=False)
+        try:
+            self.fastest = min([self.seconds() for _ in range(4)][-2:])  # the first ones compile and record
+        except Exception as error:
+            if settings == _EAGER:
+                raise
+            print(f"{settings}: {error}", file=sys.stderr)
+            self.fastest = float("inf")
 
     def seconds(self) -> float:
         """Generates once and returns how long it took."""
@@ -363,7 +415,10 @@ class PeerDecoding:
                 num_beams=self._beams,
                 max_new_tokens=self._new_tokens,
                 use_cache=True,
+                **self._options,
             )
+        if self._tokens.is_cuda:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         read = 1 if self._model.config.is_encoder_decoder else self._tokens.shape[1]
         assert out.shape == (len(self._tokens), read + self._new_tokens), out.shape

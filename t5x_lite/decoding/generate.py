@@ -1,7 +1,6 @@
 """The decoding loop: prompts are read in one pass, then one compiled loop over `(tokens, cache)` until all rows end."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -21,6 +20,10 @@ from t5x_lite.models.transformer import Batch, Cache, Slots, Transformer, decode
 # Slots for new tokens, and tokens of a sequence, from which on a cache has room for a quarter of them, then half, then
 # all: a step reads what there is room for. Each time the loop is compiled anew, which fewer slots are not worth.
 _MANY_SLOTS, _MANY_TOKENS = 192, 16
+
+_TILE = (
+    16  # slots: of as many an accelerator's rows of keys and of weights begin where it reads several numbers at once
+)
 
 
 @struct.dataclass
@@ -125,8 +128,8 @@ class Decoder:
         params = self.model.unstacked(params)
         rooms = self._rooms()
         progress = self.begin(params, batch, seed, row_ids, stop_table, rooms[0])
-        for before, room in pairwise([rooms[0], *rooms]):
-            cache = progress.cache.extended((room - before) * self.search.number)
+        for room in rooms:
+            cache = self._with_room(progress.cache, progress.prompt, room)
             progress = self.advance(params, replace(progress, cache=cache), room)
         return self.finish(progress)
 
@@ -136,6 +139,11 @@ class Decoder:
         if tokens < _MANY_TOKENS or tokens * self.search.number < _MANY_SLOTS:
             return [tokens]
         return [tokens // 4, tokens // 2, tokens]
+
+    def _with_room(self, cache: Cache, prompt: jax.Array, tokens: int) -> Cache:
+        """Returns the cache with room for a prompt `[B, T]` and as many new tokens of each sequence."""
+        slots = prompt.shape[1] + (tokens - 1) * self.search.number
+        return cache.extended(-(-slots // _TILE) * _TILE - cache.slots)
 
     def begin(
         self,
@@ -178,7 +186,7 @@ class Decoder:
             step=jnp.zeros((), jnp.int32),
             tokens=jnp.zeros((rows, number), jnp.int32),
             search=state,
-            cache=cache.extended(((room or self.config.max_new_tokens) - 1) * number),
+            cache=self._with_room(cache, prompt, room or self.config.max_new_tokens),
             ancestors=jnp.broadcast_to(jnp.arange(number)[:, None], (1, number, self.config.max_new_tokens)),
             prompt=prompt,
             prompt_lengths=prompt_lengths,
@@ -236,12 +244,14 @@ class Decoder:
     def _slots(self, progress: Progress, read: jax.Array) -> Slots:
         number = progress.tokens.shape[1]
         rows, length = progress.prompt.shape
-        places, new = jnp.arange(length)[None, :], jnp.arange((progress.cache.slots - length) // number)
+        places = jnp.arange(length)[None, :]
+        new = jnp.arange(min((progress.cache.slots - length) // number, progress.ancestors.shape[2]))
+        unused = progress.cache.slots - length - new.size * number  # at the end, for the sake of tiles
         own = progress.ancestors[:, :, : new.size, None] == jnp.arange(number)
         own &= (new <= read)[:, None]
-        own = own.reshape(-1, number, new.size * number)
+        own = jnp.pad(own.reshape(-1, number, new.size * number), ((0, 0), (0, 0), (0, unused)))
         prompt = jnp.broadcast_to((places < progress.prompt_lengths[:, None])[:, None, :], (rows, number, length))
-        after = progress.prompt_lengths[:, None] + jnp.repeat(new, number)
+        after = progress.prompt_lengths[:, None] + jnp.pad(jnp.repeat(new, number), (0, unused))
         return Slots(
             start=length + read * number,
             visible=jnp.concatenate([prompt, jnp.broadcast_to(own, (rows, *own.shape[1:]))], axis=2),

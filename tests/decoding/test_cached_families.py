@@ -310,7 +310,7 @@ def test_a_cache_that_grows_changes_nothing(
     monkeypatch.setattr(Decoder, "advance", noted)
     grown = jax.jit(Decoder(model, config).generate)(*args)
     prompt = 1 if model.config.num_encoder_layers else WIDTH
-    assert slots == [prompt + (room - 1) * 12 for room in (4, 8, 17)]
+    assert slots == [-(-(prompt + (room - 1) * 12) // 16) * 16 for room in (4, 8, 17)]
     monkeypatch.setattr(Decoder, "_rooms", lambda self: [17])
     whole = jax.jit(Decoder(model, config).generate)(*args)
     np.testing.assert_array_equal(grown.tokens, whole.tokens)

@@ -123,3 +123,28 @@ def test_layer_norm_starts_as_the_plain_one(use_bias: bool) -> None:
     np.testing.assert_array_equal(params["scale"], np.ones(8))
     if use_bias:
         np.testing.assert_array_equal(params["bias"], np.zeros(8))
+
+
+# --- a single row on a GPU ------------------------------------------------------------------------------------------
+
+
+NORMS = {"rms": RMSNorm(epsilon=1e-3), "layer": LayerNorm(epsilon=1e-3)}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_what_a_gpu_computes_for_a_single_row_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = NORMS[name], jnp.asarray(0.1 * np.random.default_rng(5).normal(0.5, 1.0, (1, 1, 500)), jnp.float32)
+    params = module.init(jax.random.key(0), x)
+    usual = module.apply(params, x)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+    # Sums of 500 numbers that are divided before instead of afterwards: float32 rounding of each.
+    np.testing.assert_allclose(module.apply(params, x), usual, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(("platform", "rows", "barriers"), [("cuda", 1, 1), ("cuda", 2, 0), ("cpu", 1, 0)])
+def test_a_gpu_is_to_compute_a_single_row_once(name: str, platform: str, rows: int, barriers: int) -> None:
+    module, x = NORMS[name], jnp.ones((rows, 1, 8))
+    params = module.init(jax.random.key(0), x)
+    lowered = jax.jit(module.apply).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+    assert lowered.count("optimization_barrier") == barriers
