@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from t5x_lite.nn.parameters import parameter
 
-# With a single row, as when one sequence is decoded, XLA's GPU compiler makes one kernel of a norm only if no arithmetic
-# with constants comes between a sum and its use; and what it then makes it computes again in every product that reads
-# it, if it may. The next two see to both: on an H200 GPT-2 124M decodes 6 % faster in bfloat16.
+# With a single row, as when one sequence is decoded, XLA's GPU compiler makes one kernel of a norm only if no
+# arithmetic with constants comes between a sum and its use; and what it then makes it computes again in every product
+# that reads it, if it may. The next two see to both: on an H200 GPT-2 124M decodes 6 % faster in bfloat16.
 
 
 def _mean(x: jax.Array, epsilon: float | None = None) -> jax.Array:
