@@ -423,7 +423,9 @@ class LanguageModel:
     def _check_config(self, config: GenerationConfig) -> None:
         ids = config.decoder_start_token_id, config.forced_bos_token_id, config.forced_eos_token_id
         self._check_ids([token for token in (*ids, *config.end_ids(())) if token is not None])
-        size = self._decoder(config).vocab_size or self.config.vocab_size
+        decoder = self._decoder(config)
+        decoder.check()
+        size = decoder.vocab_size or self.config.vocab_size
         if {*config.suppress_tokens, *config.begin_suppress_tokens}.issuperset(range(size)):
             raise InputError(f"suppress_tokens and begin_suppress_tokens leave none of the {size} ids to generate")
 

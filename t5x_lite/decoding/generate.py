@@ -121,6 +121,10 @@ class Decoder:
             forced_eos_id=cfg.forced_eos_id,
         )
 
+    def check(self) -> None:
+        """Raises the InputError, if any, with which decoding would begin, whatever the batch."""
+        _ = self.search, self.processors
+
     def generate(
         self, params: Any, batch: Batch, seed: jax.Array, row_ids: jax.Array, stop_table: jax.Array | None
     ) -> Generated:

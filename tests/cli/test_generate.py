@@ -292,7 +292,9 @@ def test_a_killed_process_is_continued_to_the_same_bytes(t5x, decoder_run: Path,
     assert "was begun with seed 3, not 4" in err
 
 
-def test_settings_without_effect_on_this_model(t5x, decoder_run: Path) -> None:
+def test_settings_that_this_model_refuses(t5x, decoder_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("the\n")
+    file = "--input", tmp_path / "x.txt", "--output", tmp_path / "o.jsonl"
     every = ",".join(map(str, range(264)))
     for argv, words in (
         (("--decoder-start-token-id", 5), "decoder_start_token_id 5 needs a model with an encoder"),
@@ -301,10 +303,13 @@ def test_settings_without_effect_on_this_model(t5x, decoder_run: Path) -> None:
             ("--bad-words-ids", 7, "--forced-eos-token-id", 7),
             "bad_words_ids must not contain 7, which is the forced_eos",
         ),
+        (("--num-beams", 2, "--length-penalty", 1e30), "length_penalty 1e+30 is too far from 0"),
     ):
-        status, out, err = t5x("generate", decoder_run, "the", *argv, "--max-new-tokens", 5)
-        assert (status, out, len(err.splitlines())) == (2, "", 1), err
-        assert words in err
+        for source in (("the",), file):
+            status, out, err = t5x("generate", decoder_run, *source, *argv, "--max-new-tokens", 5)
+            assert (status, out, len(err.splitlines())) == (2, "", 1), err
+            assert words in err
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.txt"]
 
 
 def test_a_text_too_long_for_the_draft_alone_fails_alone(
