@@ -15,15 +15,14 @@ from t5x_lite.nn.parameters import parameter
 # that reads it, if it may. The next two see to both: on an H200 GPT-2 124M decodes 6 % faster in bfloat16.
 
 
-def _mean(x: jax.Array, epsilon: float | None = None) -> jax.Array:
-    """Returns the mean over the features, `[..., 1]`, plus an epsilon if there is one."""
+def _mean(x: jax.Array, epsilon: float = 0.0) -> jax.Array:
+    """Returns the mean over the features plus an epsilon, `[..., 1]`."""
 
     def mean(x: jax.Array) -> jax.Array:
-        y = jnp.mean(x, axis=-1, keepdims=True)
-        return y if epsilon is None else y + epsilon
+        return jnp.mean(x, axis=-1, keepdims=True) + epsilon
 
     def sum_alone(x: jax.Array) -> jax.Array:
-        return jnp.sum((x if epsilon is None else x + epsilon) / x.shape[-1], axis=-1, keepdims=True)
+        return jnp.sum((x + epsilon) / x.shape[-1], axis=-1, keepdims=True)
 
     return _on_gpu(sum_alone, mean, x)
 
