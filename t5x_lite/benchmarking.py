@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite import sharding
-from t5x_lite.decoding.generate import generate
+from t5x_lite.decoding.generate import cache_slots, generate
 from t5x_lite.decoding.generation_config import GenerationConfig
 from t5x_lite.errors import InputError
 from t5x_lite.language_model import LanguageModel
@@ -265,8 +265,8 @@ class Decoding:
         tokens = cell.batch_size * cell.new_tokens
         roofline = cell.batch_size * bandwidth / reads.total
         memory: Any = self._compiled.memory_analysis()
-        decoder_length = cell.num_beams * (cell.new_tokens - 1) + (1 if cfg.num_encoder_layers else cell.input_length)
-        cache = jax.eval_shape(lambda: lm.model.new_cache(cell.batch_size, decoder_length, cell.input_length).layers)
+        slots = cache_slots(1 if cfg.num_encoder_layers else cell.input_length, cell.new_tokens, cell.num_beams)
+        cache = jax.eval_shape(lambda: lm.model.new_cache(cell.batch_size, slots, cell.input_length).layers)
         return {
             "strategy": cell.strategy,
             "batch_size": cell.batch_size,

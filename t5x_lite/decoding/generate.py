@@ -26,6 +26,11 @@ _TILE = (
 )
 
 
+def cache_slots(prompt: int, tokens: int, sequences: int) -> int:
+    """Returns how many slots a cache has for a prompt of that length and so many new tokens of each sequence."""
+    return -(-(prompt + (tokens - 1) * sequences) // _TILE) * _TILE
+
+
 @struct.dataclass
 class Generated:
     """What was generated; with R sequences for each of B examples those of one example follow each other, best first.
@@ -51,8 +56,8 @@ class Progress:
       step: int32 scalar, how many tokens were chosen for each sequence.
       tokens: int32 `[B, R]`, the last of them, which the model has not read yet.
       search: what the strategy knows.
-      cache: keys and values in M slots, T + (N - 1) * R at last: the prompt's, which all sequences of an example
-        share, and from slot T + n * R on those of the n-th new token of each of them. The last token of all needs none.
+      cache: keys and values in M slots, see `cache_slots`: the prompt's, which all sequences of an example share, and
+        from slot T + n * R on those of the n-th new token of each of them. The last token of all needs none.
       ancestors: int32 `[B or 1, R, N]`, by which sequence's slot the n-th token of each sequence came to be. A beam
         search changes these when a beam takes over another one's past; the cache stays where it is.
       prompt: int32 `[B, T]`, padded on the right.
@@ -146,8 +151,7 @@ class Decoder:
 
     def _with_room(self, cache: Cache, prompt: jax.Array, tokens: int) -> Cache:
         """Returns the cache with room for a prompt `[B, T]` and as many new tokens of each sequence."""
-        slots = prompt.shape[1] + (tokens - 1) * self.search.number
-        return cache.extended(-(-slots // _TILE) * _TILE - cache.slots)
+        return cache.extended(cache_slots(prompt.shape[1], tokens, self.search.number) - cache.slots)
 
     def begin(
         self,

@@ -20,7 +20,8 @@ SMALL = "--input-length", 8, "--new-tokens", 4, "--repeats", 2
 
 
 def test_a_run_is_measured(bench, pair_run: Path) -> None:
-    status, out, err = bench(pair_run, *SMALL, "--batch-size", 2, "--strategies", "greedy,beam2", "--json")
+    settings = "--batch-size", 2, "--strategies", "greedy,beam2", "--json"
+    status, out, err = bench(pair_run, *SMALL, "--new-tokens", 16, *settings)
     assert status == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
     assert [(row["strategy"], row["batch_size"]) for row in rows] == [("greedy", 2), ("beam2", 2)]
@@ -37,8 +38,9 @@ def test_a_run_is_measured(bench, pair_run: Path) -> None:
         # The program is given all weights and holds the cache beside them.
         assert row["peak_bytes"] > row["weights_bytes"] + row["cache_bytes"]
     # Two layers of 2 heads of 8: a token's keys and values are 64 numbers of 4 bytes. The cache has slots for the
-    # input, the start token and, for each beam, all new tokens but the last, which is not read again.
-    assert [row["cache_bytes"] for row in rows] == [2 * 64 * 4 * (8 + 1 + 3 * beams) for beams in (1, 2)]
+    # input, the start token and, for each beam, all new tokens but the last, which is not read again: 16 or 31 behind
+    # the input, and whole tiles of 16.
+    assert [row["cache_bytes"] for row in rows] == [2 * 64 * 4 * (8 + slots) for slots in (16, 32)]
 
 
 def test_the_table_has_a_row_a_cell(bench, decoder_run: Path) -> None:
