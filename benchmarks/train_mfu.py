@@ -33,6 +33,8 @@ from importlib import metadata
 from statistics import median
 from typing import Any
 
+from train_vs_transformers import random_batch
+
 LEARNING_RATE, WARM_UP = 1e-4, 3
 
 
@@ -147,36 +149,21 @@ def make_step(cell: Cell, args: argparse.Namespace, devices: Sequence[Any]) -> S
     return Step(model, tx, mesh, abstract, make_train_step(model, tx, schedule, mesh, abstract, loss=loss))
 
 
-def random_batch(cell: Cell, vocab_size: int) -> dict[str, Any]:
-    """Returns rows of random tokens without padding, as NumPy arrays."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-
-    def tokens(length: int) -> Any:
-        return rng.integers(3, vocab_size, (cell.rows, length)).astype(np.int32)
-
-    batch: dict[str, Any] = {
-        "decoder_input_tokens": tokens(cell.target_length),
-        "decoder_target_tokens": tokens(cell.target_length),
-        "decoder_loss_weights": np.ones((cell.rows, cell.target_length), np.float32),
-    }
-    if cell.input_length:
-        batch["encoder_input_tokens"] = tokens(cell.input_length)
-    return batch
-
-
 def measure(cell: Cell, args: argparse.Namespace, devices: Sequence[Any]) -> dict[str, Any]:
     """Compiles the step of a cell, runs it and returns the cell's line."""
     import jax
 
+    from t5x_lite.benchmarking import peak_bytes
     from t5x_lite.sharding import put_batch
     from t5x_lite.training.flops import CONVENTION, peak_flops, training_flops, xla_flops
     from t5x_lite.training.state import init_state
 
     step = make_step(cell, args, devices)
     state = init_state(step.model, step.tx, step.mesh, seed=0)
-    config, batch = step.model.config, random_batch(cell, step.model.config.vocab_size)
+    config, batch = (
+        step.model.config,
+        random_batch(step.model.config.vocab_size, cell.rows, cell.input_length, cell.target_length),
+    )
     on_device = put_batch(step.mesh, batch)
     started = time.perf_counter()
     compiled = step.function.lower(state, on_device).compile()
@@ -197,7 +184,7 @@ def measure(cell: Cell, args: argparse.Namespace, devices: Sequence[Any]) -> dic
         each.append(time.perf_counter() - started)
     numbers = metrics.fetch()
     flops, halved = (training_flops(config, batch, causal) for causal in ("full", "halved"))
-    peak, memory = peak_flops(devices[0].device_kind, args.dtype), compiled.memory_analysis()
+    peak = peak_flops(devices[0].device_kind, args.dtype)
     stats = devices[0].memory_stats() or {}
     line = {"benchmark": "train_mfu", "cell": cell.name, "rows": cell.rows, "input_length": cell.input_length}
     line |= {"target_length": cell.target_length, "device": devices[0].device_kind, "dtype": args.dtype}
@@ -214,7 +201,7 @@ def measure(cell: Cell, args: argparse.Namespace, devices: Sequence[Any]) -> dic
         "peak_flops": peak,
         "mfu": None if peak is None else round(flops / seconds / peak, 4),
         "mfu_halved": None if peak is None else round(halved / seconds / peak, 4),
-        "compiled_bytes": memory_bytes(memory),
+        "compiled_bytes": peak_bytes(compiled),
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "compile_seconds": round(compile_seconds, 1),
         "loss": round(numbers["loss"], 4),
@@ -223,35 +210,10 @@ def measure(cell: Cell, args: argparse.Namespace, devices: Sequence[Any]) -> dic
     if args.xla_flops:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (step.abstract, on_device))
         line["xla_flops"] = xla_flops(step.function.function, *shapes)
-    return line | {"quick": args.quick, "versions": {name: version(name) for name in _PACKAGES}}
-
-
-def memory_bytes(analysis: Any) -> int | None:
-    """Returns how many bytes a compiled function holds at most; arguments that it gives back count once."""
-    if analysis is None:
-        return None
-    names = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    return sum(getattr(analysis, name) for name in names) - analysis.alias_size_in_bytes
-
-
-_PACKAGES = (
-    "t5x_lite",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "jax-cuda13-plugin",
-    "jax-cuda12-plugin",
-    "nvidia-cudnn-cu13",
-)
-
-
-def version(package: str) -> str | None:
-    """Returns the version of a package, None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return line | {
+        "quick": args.quick,
+        "versions": {name: metadata.version(name) for name in ("t5x_lite", "jax", "jaxlib")},
+    }
 
 
 if __name__ == "__main__":

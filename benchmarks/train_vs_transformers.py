@@ -205,7 +205,6 @@ class Ours:
         import dataclasses
 
         import jax
-        import numpy as np
         import optax
 
         from t5x_lite.models import build, preset
@@ -225,18 +224,7 @@ class Ours:
         state = init_state(model, tx, mesh, seed=0)
         schedule, loss = optax.constant_schedule(LEARNING_RATE), LossSettings(chunk=None)
         step = make_train_step(model, tx, schedule, mesh, state, loss=loss)
-        rng = np.random.default_rng(0)
-
-        def tokens(length: int) -> np.ndarray:
-            return rng.integers(3, config.vocab_size - 300, (cell.rows, length)).astype(np.int32)
-
-        batch = {
-            "decoder_input_tokens": tokens(cell.target_length),
-            "decoder_target_tokens": tokens(cell.target_length),
-        }
-        batch["decoder_loss_weights"] = np.ones((cell.rows, cell.target_length), np.float32)
-        if cell.input_length:
-            batch["encoder_input_tokens"] = tokens(cell.input_length)
+        batch = random_batch(config.vocab_size, cell.rows, cell.input_length, cell.target_length)
         on_mesh = put_batch(mesh, batch)
         kept = [state]
 
@@ -250,6 +238,25 @@ class Ours:
         train()
         parameters = sum(leaf.size for leaf in jax.tree.leaves(kept[0].params))
         return train, {"matmul": peak, "operations": operations(config, cell), "parameters": parameters}
+
+
+def random_batch(vocab_size: int, rows: int, input_length: int, target_length: int) -> dict[str, Any]:
+    """Returns rows of random tokens without padding, as NumPy arrays."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def tokens(length: int) -> Any:
+        return rng.integers(3, vocab_size - 300, (rows, length)).astype(np.int32)
+
+    batch = {
+        "decoder_input_tokens": tokens(target_length),
+        "decoder_target_tokens": tokens(target_length),
+        "decoder_loss_weights": np.ones((rows, target_length), np.float32),
+    }
+    if input_length:
+        batch["encoder_input_tokens"] = tokens(input_length)
+    return batch
 
 
 def operations(config: Any, cell: Cell) -> float:

@@ -264,7 +264,6 @@ class Decoding:
         cfg, reads = lm.config, step_bytes(lm.model, lm.params, cell, lm.mesh)
         tokens = cell.batch_size * cell.new_tokens
         roofline = cell.batch_size * bandwidth / reads.total
-        memory: Any = self._compiled.memory_analysis()
         slots = cache_slots(1 if cfg.num_encoder_layers else cell.input_length, cell.new_tokens, cell.num_beams)
         cache = jax.eval_shape(lambda: lm.model.new_cache(cell.batch_size, slots, cell.input_length).layers)
         return {
@@ -279,11 +278,7 @@ class Decoding:
             "compile_seconds": self.compile_seconds,
             "weights_bytes": _bytes(lm.params),
             "cache_bytes": _bytes(cache),
-            # What the compiler calls the peak leaves out the temporaries on some backends.
-            "peak_bytes": memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes,
+            "peak_bytes": peak_bytes(self._compiled),
             "step_bytes": reads.total,
             "step_weights_bytes": reads.weights,
             "step_self_cache_bytes": reads.self_cache,
@@ -292,6 +287,14 @@ class Decoding:
             "roofline_tokens_per_second": roofline,
             "roofline_share": tokens / seconds / roofline,
         }
+
+
+def peak_bytes(compiled: Any) -> int:
+    """Returns how many bytes a compiled function holds at most; an argument that it gives back counts once."""
+    memory = compiled.memory_analysis()
+    # What the compiler calls the peak leaves out the temporaries on some backends.
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return held - memory.alias_size_in_bytes
 
 
 def measure(lm: LanguageModel, cell: Cell, repeats: int, bandwidth: float) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from t5x_lite.models.transformer import Batch, Cache, Slots, Transformer, decode
 # all: a step reads what there is room for. Each time the loop is compiled anew, which fewer slots are not worth.
 _MANY_SLOTS, _MANY_TOKENS = 192, 16
 
-_TILE = (
-    16  # slots: of as many an accelerator's rows of keys and of weights begin where it reads several numbers at once
-)
+# Slots come in tiles of so many: then rows of logits and weights begin where a GPU can read several numbers at once.
+_TILE = 16
 
 
 def cache_slots(prompt: int, tokens: int, sequences: int) -> int:

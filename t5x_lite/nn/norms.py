@@ -26,7 +26,7 @@ def _normed(norm: Callable[..., jax.Array], x: jax.Array, *parameters: Any) -> A
 
     With a single row, as when one sequence is decoded, XLA's GPU compiler makes one kernel of a norm only if no
     arithmetic with constants comes between a sum and its use; and what it then makes it computes again in every product
-    that reads it, if it may. With neither, GPT-2 124M decodes 6 % faster on an H200 in bfloat16.
+    that reads it, if it may. With neither, and with caches in whole tiles, an H200 decodes GPT-2 124M 6 % faster.
     """
     usual = partial(norm, _mean)
     if x.size > x.shape[-1]:
