@@ -1,6 +1,7 @@
 """The friendly face: a model, its parameters and its tokenizer in one object."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from t5x_lite.errors import InputError
 from t5x_lite.models.config import TransformerConfig
 from t5x_lite.models.t5 import tokens_in_use
 from t5x_lite.models.transformer import Batch, Transformer
+from t5x_lite.training.losses import chunked_log_likelihood, number_of_chunks
 
 
 class Scores(NamedTuple):
@@ -263,7 +265,7 @@ class LanguageModel:
         """Returns the log-likelihood of each target given its input.
 
         With an encoder a target ends in EOS, which counts. For a decoder alone it is the continuation of the input,
-        and nothing is added to it.
+        and nothing is added to it. Logits exist for a part of the tokens at a time, as while training.
 
         Raises:
           InputError: the two have different lengths, or the model is an encoder alone.
@@ -523,9 +525,11 @@ def _row_numbers(row_ids: Any, rows: int) -> np.ndarray:
 
 @jax.jit(static_argnums=0)
 def _log_likelihood(model: Transformer, params: Any, batch: Batch) -> jax.Array:
-    logits: Any = model.apply({"params": params}, batch)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["decoder_target_tokens"][..., None], axis=-1)[..., 0]
-    return jnp.sum(chosen * batch["decoder_loss_weights"], axis=-1)
+    variables, head = {"params": params}, partial(model.apply, method="head_logits")
+    hidden: Any = model.apply(variables, batch, method="prediction_inputs")
+    targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    chunks = number_of_chunks(targets.shape, model.config.vocab_size, None)
+    return chunked_log_likelihood(head, variables, hidden, targets, weights, chunks)
 
 
 @jax.jit(static_argnums=0)

@@ -12,6 +12,7 @@ import pytest
 import t5x_lite
 from t5x_lite import LanguageModel
 from t5x_lite.errors import InputError
+from t5x_lite.language_model import _log_likelihood
 from t5x_lite.models import build, preset
 from t5x_lite.models.t5 import tokens_in_use
 from t5x_lite.sharding import make_mesh
@@ -47,6 +48,16 @@ def test_scores_equal_the_model_s_log_likelihood(lm: LanguageModel) -> None:
         assert scores.num_tokens[index] == len(outputs)
         # Sums of a dozen float32 log-probabilities of size 5, in another order.
         assert scores.log_likelihood[index] == pytest.approx(expected, abs=1e-4)
+
+
+def test_scoring_never_holds_all_logits() -> None:
+    sizes = {"embed_dim": 32, "num_heads": 4, "head_dim": 8, "mlp_dim": 128, "num_decoder_layers": 1}
+    model = build(dataclasses.replace(preset("gpt2"), **sizes))
+    batch = {f"decoder_{what}": jnp.zeros((8, 1024), jnp.int32) for what in ("input_tokens", "target_tokens")}
+    batch["decoder_loss_weights"] = jnp.ones((8, 1024))
+    compiled = _log_likelihood.lower(model, model.param_shapes(), batch).compile()
+    # All of them are 1.6 GB of float32. A 16th is 103 MB, and on a CPU there is a transposed copy of it.
+    assert compiled.memory_analysis().temp_size_in_bytes < 250e6
 
 
 def test_embeddings_of_a_text_do_not_depend_on_padding(lm: LanguageModel) -> None:

@@ -191,14 +191,39 @@ def chunked_cross_entropy(
       settings: z-loss and smoothing.
       chunks: their number.
     """
-    length = targets.shape[1]
+    static = dataclasses.replace(settings, z_loss=0.0)
+    return _chunked(head, static, params, *_strided(chunks, hidden, targets, weights), settings.z_loss)
+
+
+def chunked_log_likelihood(
+    head: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunks: int,
+) -> jax.Array:
+    """Returns the log-probability of each row's targets, float32 `[B]`, without ever holding all logits.
+
+    Arguments are those of `chunked_cross_entropy`.
+    """
+
+    def one(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+        states, targets, weights = chunk
+        log_z, target_logit = _log_z_and_target(head(params, states), targets)
+        return total + jnp.sum((target_logit - log_z) * weights, axis=1), None
+
+    return jax.lax.scan(one, jnp.zeros(len(targets)), _strided(chunks, hidden, targets, weights))[0]
+
+
+def _strided(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns arrays `[B, T, ...]` as `[chunks, B, T / chunks, ...]`: every `chunks`-th token, filled up with 0."""
 
     def strided(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -length % chunks)] + [(0, 0)] * (x.ndim - 2))  # what is filled up weighs nothing
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunks)] + [(0, 0)] * (x.ndim - 2))  # what is added weighs nothing
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
 
-    static = dataclasses.replace(settings, z_loss=0.0)
-    return _chunked(head, static, params, strided(hidden), strided(targets), strided(weights), settings.z_loss)
+    return tuple(strided(x) for x in arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -14,7 +14,14 @@ import pytest
 from t5x_lite.errors import InputError
 from t5x_lite.models import build, preset
 from t5x_lite.sharding import make_mesh
-from t5x_lite.training.losses import LossSettings, LossSums, chunked_cross_entropy, cross_entropy, number_of_chunks
+from t5x_lite.training.losses import (
+    LossSettings,
+    LossSums,
+    chunked_cross_entropy,
+    chunked_log_likelihood,
+    cross_entropy,
+    number_of_chunks,
+)
 from t5x_lite.training.step import batch_loss
 
 T5X = np.load(Path(__file__).parents[1] / "fixtures" / "t5x_losses.npz")
@@ -153,6 +160,14 @@ def test_chunks_give_the_same_sums_and_gradients(chunks: int, style: str) -> Non
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         # The same numbers, summed chunk by chunk.
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 10])
+def test_chunks_give_the_log_likelihood_of_every_row(chunks: int) -> None:
+    log_p = jax.nn.log_softmax(head({"kernel": KERNEL}, HIDDEN))
+    expected = np.sum(np.take_along_axis(np.asarray(log_p), LABELS[..., None], axis=-1)[..., 0] * SHARES, axis=1)
+    got = chunked_log_likelihood(head, {"kernel": KERNEL}, HIDDEN, LABELS, SHARES, chunks)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)  # the same ten numbers, summed chunk by chunk
 
 
 def test_no_array_of_a_chunked_program_has_all_logits() -> None:
