@@ -525,11 +525,12 @@ def _row_numbers(row_ids: Any, rows: int) -> np.ndarray:
 
 @jax.jit(static_argnums=0)
 def _log_likelihood(model: Transformer, params: Any, batch: Batch) -> jax.Array:
-    variables, head = {"params": params}, partial(model.apply, method="head_logits")
-    hidden: Any = model.apply(variables, batch, method="prediction_inputs")
+    apply: Any = model.apply
+    variables = {"params": params}
+    hidden = apply(variables, batch, method="prediction_inputs")
     targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
     chunks = number_of_chunks(targets.shape, model.config.vocab_size, None)
-    return chunked_log_likelihood(head, variables, hidden, targets, weights, chunks)
+    return chunked_log_likelihood(partial(apply, method="head_logits"), variables, hidden, targets, weights, chunks)
 
 
 @jax.jit(static_argnums=0)
