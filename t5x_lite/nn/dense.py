@@ -1,5 +1,6 @@
 """The linear map under every other layer."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -169,11 +170,12 @@ def _in_blocks(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
 
 def _unconverted(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
     # XLA has a bfloat16 product for a CPU if the sum is float32 and there are two rows at least.
-    product: Any = _product
-    if x.size != x.shape[-1]:
-        return product(x, kernel, axis, jnp.float32).astype(dtype)
-    rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
-    return product(rows, kernel, axis, jnp.float32)[0].astype(dtype).reshape(*x.shape[:-1], -1)
+    if x.size > FEW_ROWS * x.shape[-1]:
+        return _product(x, kernel, axis, jnp.float32).astype(dtype)
+    count = math.prod(x.shape[:-1])
+    rows = jnp.pad(x.reshape(count, x.shape[-1]), ((0, max(0, 2 - count)), (0, 0)))
+    y = _kernel_first(rows, kernel, jnp.float32) if axis else _product(rows, kernel, axis, jnp.float32)
+    return y[:count].astype(dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def stream_dtype(dtype: Any) -> Any:

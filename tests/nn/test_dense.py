@@ -81,12 +81,13 @@ def test_a_turned_kernel_gives_the_same(rows: int) -> None:
     np.testing.assert_allclose(got, module.apply({"params": params}, x), rtol=1e-5, atol=1e-5)
 
 
-def test_few_rows_are_multiplied_with_the_kernel_as_the_left_factor() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_few_rows_are_multiplied_with_the_kernel_as_the_left_factor(dtype: str) -> None:
     # What makes decoding fast on a CPU; XLA would turn the product round if it could.
     def product(rows: int) -> str:
-        x, kernel = jnp.zeros((rows, IN)), jnp.zeros((OUT, IN))
+        x, kernel = jnp.zeros((rows, IN), dtype), jnp.zeros((OUT, IN), dtype)
         return (
-            jax.jit(partial(linear, dtype=jnp.float32, out_dtype=jnp.float32, transposed=True))
+            jax.jit(partial(linear, dtype=dtype, out_dtype=jnp.float32, transposed=True))
             .lower(x, kernel)
             .compile()
             .as_text()
