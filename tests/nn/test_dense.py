@@ -131,12 +131,14 @@ def test_bfloat16_weights_are_summed_in_float32(shape: tuple[int, ...], transpos
     np.testing.assert_allclose(np.asarray(rounded, np.float64), exact, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_gradients_of_bfloat16_weights(rows: int) -> None:
+def test_gradients_of_bfloat16_weights(rows: int, transposed: bool) -> None:
     x, kernel = narrow(X)[0, :rows], narrow(KERNEL)
 
     def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(linear(x, kernel, jnp.bfloat16, jnp.float32)))
+        given = kernel.T if transposed else kernel
+        return jnp.sum(jnp.sin(linear(x, given, jnp.bfloat16, jnp.float32, transposed=transposed)))
 
     wide = [np.asarray(a, np.float64) for a in (x, kernel)]
     outer = np.cos(wide[0] @ wide[1])
