@@ -9,10 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -105,42 +102,28 @@ def kill_after_step(process: subprocess.Popen, out: Path, step: int) -> None:
 KILLED_STEPS = 24
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(
-    tiny_settings: list[str], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[bool], tuple[list[str], dict[int, float]]]:
-    """A function `is_mixed -> (settings, losses)` of a run that nothing ends early."""
-
-    @cache
-    def run(is_mixed: bool) -> tuple[list[str], dict[int, float]]:
-        folder = tmp_path_factory.mktemp("uninterrupted")
-        settings = [*tiny_settings, f"train.steps={KILLED_STEPS}", "train.checkpoint_every=3", "train.eval_every=0"]
-        if is_mixed:  # with all that decides which examples are in a batch: two tasks, and several examples in a row
-            lines = corpus_file.read_text().splitlines()
-            rows = [{"src": line, "tgt": line.split()[-1]} for line in lines[:200]]
-            (folder / "last.jsonl").write_text("\n".join(map(json.dumps, rows)))
-            last = f"{{path: {folder}/last.jsonl, objective: text_to_text, inputs: src, targets: tgt, rate: 1}}"
-            settings.remove(f"data.path={corpus_file}")
-            settings += [f"data.tasks=[{{path: {corpus_file}, rate: 3}}, {last}]", "data.packing=true"]
-        train(resolve(None, [*settings, f"out={folder / 'run'}"]).config)
-        return settings, losses(folder / "run")
-
-    return run
-
-
-@pytest.mark.parametrize(("kills", "is_mixed"), [(1, False), pytest.param(5, True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_killed_runs_resume_to_a_bitwise_equal_loss_trace(
-    kills: int, is_mixed: bool, uninterrupted: Any, tmp_path: Path
+    tiny_settings: list[str], corpus_file: Path, tmp_path: Path
 ) -> None:
-    settings, wanted = uninterrupted(is_mixed)
-    rng = random.Random(kills)
-    for step in sorted(rng.sample(range(2, KILLED_STEPS), kills)):
-        kill_after_step(start(settings, tmp_path), tmp_path, step)
-    process = start(settings, tmp_path)
+    # With all that decides which examples are in a batch: two tasks, and several examples in a row.
+    lines = corpus_file.read_text().splitlines()
+    rows = [{"src": line, "tgt": line.split()[-1]} for line in lines[:200]]
+    (tmp_path / "last.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    last = f"{{path: {tmp_path}/last.jsonl, objective: text_to_text, inputs: src, targets: tgt, rate: 1}}"
+    settings = [setting for setting in tiny_settings if not setting.startswith("data.path=")]
+    settings += [f"data.tasks=[{{path: {corpus_file}, rate: 3}}, {last}]", "data.packing=true"]
+    settings += [f"train.steps={KILLED_STEPS}", "train.checkpoint_every=3", "train.eval_every=0"]
+    train(resolve(None, [*settings, f"out={tmp_path / 'whole'}"]).config)
+
+    out = tmp_path / "killed"
+    for step in sorted(random.Random(5).sample(range(2, KILLED_STEPS), 5)):
+        kill_after_step(start(settings, out), out, step)
+    process = start(settings, out)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert losses(tmp_path) == wanted
-    assert sorted(wanted) == list(range(1, KILLED_STEPS + 1))
+    assert losses(out) == losses(tmp_path / "whole")
+    assert sorted(losses(out)) == list(range(1, KILLED_STEPS + 1))
 
 
 def test_resumes_from_the_last_good_checkpoint_and_says_so(
