@@ -160,10 +160,8 @@ def measure(cell: Cell, args: argparse.Namespace, devices: Sequence[Any]) -> dic
 
     step = make_step(cell, args, devices)
     state = init_state(step.model, step.tx, step.mesh, seed=0)
-    config, batch = (
-        step.model.config,
-        random_batch(step.model.config.vocab_size, cell.rows, cell.input_length, cell.target_length),
-    )
+    config = step.model.config
+    batch = random_batch(config.vocab_size, cell.rows, cell.input_length, cell.target_length)
     on_device = put_batch(step.mesh, batch)
     started = time.perf_counter()
     compiled = step.function.lower(state, on_device).compile()

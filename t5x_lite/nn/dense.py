@@ -1,6 +1,5 @@
 """The linear map under every other layer."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -71,7 +70,7 @@ def linear(x: jax.Array, kernel: Matrix, dtype: Any, out_dtype: Any, *, transpos
         on_cpu, plain = (partial(product, axis=axis, dtype=out_dtype) for product in (_unconverted, _product))
         return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
     kernel = kernel.astype(dtype)
-    if transposed and x.size <= FEW_ROWS * x.shape[-1]:
+    if transposed and _has_few_rows(x):
         on_cpu, plain = partial(_kernel_first, dtype=out_dtype), partial(_product, axis=axis, dtype=out_dtype)
         return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
     return _product(x, kernel, axis, out_dtype)
@@ -113,7 +112,11 @@ def larger_first(
 
 def _kernel_first(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     y = larger_first(kernel, x.reshape(-1, x.shape[-1]), ((1,), (1,)), ((), ()), dtype)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _has_few_rows(x: jax.Array) -> bool:
+    return x.size <= FEW_ROWS * x.shape[-1]
 
 
 def _dot(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
@@ -170,12 +173,11 @@ def _in_blocks(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
 
 def _unconverted(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
     # XLA has a bfloat16 product for a CPU if the sum is float32 and there are two rows at least.
-    if x.size > FEW_ROWS * x.shape[-1]:
-        return _product(x, kernel, axis, jnp.float32).astype(dtype)
-    count = math.prod(x.shape[:-1])
-    rows = jnp.pad(x.reshape(count, x.shape[-1]), ((0, max(0, 2 - count)), (0, 0)))
-    y = _kernel_first(rows, kernel, jnp.float32) if axis else _product(rows, kernel, axis, jnp.float32)
-    return y[:count].astype(dtype).reshape(*x.shape[:-1], y.shape[-1])
+    product: Any = _kernel_first if axis and _has_few_rows(x) else partial(_product, axis=axis)
+    if x.size != x.shape[-1]:
+        return product(x, kernel, dtype=jnp.float32).astype(dtype)
+    rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+    return product(rows, kernel, dtype=jnp.float32)[0].astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 def stream_dtype(dtype: Any) -> Any:
